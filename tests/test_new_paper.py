@@ -31,7 +31,8 @@ def begun(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """A copy of the project in which a method, a probe and a study were begun,
     the last one in a family that is new"""
     copy = copy_project(tmp_path_factory.mktemp('begun')/'copy')
-    keys = dict(method='noisefit', probe=of_kind('probe', 'evaluators'), study=of_kind('study', 'course'))
+    keys = dict(method=of_kind("method", "trainers"), probe=of_kind("probe", "evaluators"),
+                study=of_kind("study", "course"))
     for key in (keys['probe'], keys['study']):
         python('-c', f'import sys; sys.path.insert(0, "tools"); import paper; paper.begin(paper.ROOT, {key!r})',
                cwd=copy)
@@ -86,10 +87,10 @@ def test_the_pages_run_and_pass_the_tests_of_pages(begun):
 @pytest.mark.slow
 def test_what_exists_is_refused_and_left_alone(begun):
     copy, keys = begun
-    page = next((copy/'nbs').glob('*/*/noisefit.ipynb'))
+    page = next((copy/'nbs').glob(f'*/*/{keys["method"]}.ipynb'))
     page.write_text('mine')
-    assert ('noisefit is begun already' in python('tools/paper.py', 'noisefit', cwd=copy, ok=False)
-            and page.read_text() == 'mine')
+    said = python('tools/paper.py', keys['method'], cwd=copy, ok=False)
+    assert f'{keys["method"]} is begun already' in said and page.read_text() == 'mine'
 
 
 def test_an_unknown_key_is_offered_the_nearest():

@@ -108,13 +108,14 @@ class WeightedLoss(NamedTuple):
     kl: Tensor|None    # KL divergence between model and reference, in nats; None without a reference
 
 # %% ../../nbs/native/crossentropy.ipynb #5960a8f1
-def _weights(weight, rows, nll, entropy):
+def _weights(weight, rows, nll, entropy, logits):
     "Return the weights of a chunk's rows: ones, a part of the given tensor, or the function's result"
     if weight is None:
         return torch.ones_like(nll)
     if isinstance(weight, Tensor):
         return weight.detach().flatten()[rows].to(nll.dtype)
-    w = weight(nll.clone(), entropy.clone())
+    whole = getattr(weight, 'reads', None) == 'logits'
+    w = weight(nll.clone(), logits if whole else entropy.clone())
     got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
     if got != tuple(nll.shape):
         raise ValueError(f'the weight function returned {got}; it must return a tensor of the shape '
@@ -177,7 +178,7 @@ def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, ne
         logits = _logits(h, head, bias, room[0][:size])
         other = _logits(reference[0][i].to(wide), *theirs, room[1][:size]) if theirs else None
         found = row_stats(logits, y, other, reverse)
-        w = _weights(weight, i, found[_NLL], found[_ENTROPY])
+        w = _weights(weight, i, found[_NLL], found[_ENTROPY], logits)
         known[:2, i], known[2, i] = found[:2], w
         if theirs:
             known[3, i] = found[_KL]
@@ -298,7 +299,8 @@ def weighted_linear_cross_entropy(
 
     The gradients are computed in the same pass. The result is a sum: for a mean, divide it by a
     count, usually the number of tokens with a loss in all batches of the step. A `weight` function
-    gets the flat rows of one chunk, so it must treat each row by itself. `chunk` changes only
+    gets the flat rows of one chunk, so it must treat each row by itself; with an attribute
+    `reads = 'logits'` it gets (nll, logits [rows, V]), which it must not change. `chunk` changes only
     rounding, time and memory (see "Chunk by chunk"); for `losses=False` see "Where torch's own is
     better". Under autocast, everything is converted to autocast's type. Raises `ValueError` for
     arguments that do not fit together, `RuntimeError` for a second derivative."""

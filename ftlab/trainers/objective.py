@@ -91,6 +91,13 @@ def _head_of(state):
 def _inputs(state) -> dict:
     return model_inputs(state.batch)
 
+def _of_rows(weight, batch):
+    "Return a weight as `weighted_linear_cross_entropy` takes it"
+    reads = getattr(weight, 'reads', 'nll')
+    if reads == 'batch':
+        return weight(batch)
+    return weight if weight is None or reads == 'logits' else lambda nll, entropy: weight(nll)
+
 def _in_one_pass(state, weight, terms) -> Tensor|None:
     labels = state.batch['labels']
     if labels.ndim != 2:
@@ -102,8 +109,7 @@ def _in_one_pass(state, weight, terms) -> Tensor|None:
     hidden, W, b = _stopped(lambda: state.model(**inputs), head)
     anchor = terms[0].anchor(state, inputs) if terms else {}
     found = weighted_linear_cross_entropy(hidden[:, :-1], W, labels[:, 1:].contiguous(),
-                                          weight and (lambda nll, entropy: weight(nll)), bias=b,
-                                          **anchor)
+                                          _of_rows(weight, state.batch), bias=b, **anchor)
     state.nll = found.nll
     return found.loss/state.count
 
@@ -111,11 +117,24 @@ def _in_one_pass(state, weight, terms) -> Tensor|None:
 @dataclass(frozen=True)
 class token_loss:
     "The mean over tokens of weight times negative log-likelihood"
-    weight:Callable|None=None # (nll) -> weights of the same shape, taken as constants; None: all 1
+    # (nll) -> weights of the same shape, taken as constants; None: all 1. With an attribute
+    # `reads = 'logits'`: (nll, logits of the same tokens) -> weights; with 'batch': (batch) -> weights
+    weight:Callable|None=None
+
+    def __post_init__(self):
+        if (reads := getattr(self.weight, 'reads', 'nll')) not in ('nll', 'logits', 'batch'):
+            raise ValueError(f'{name_of(self.weight)} reads {reads!r}; a weight reads nll, logits or batch')
 
     def __call__(self, state) -> Tensor:
-        nll = token_nll(state.forward(), state.batch['labels'])
-        return (nll if self.weight is None else self.weight(nll).detach()*nll).sum()/state.count
+        logits, labels = state.forward(), state.batch['labels']
+        nll = token_nll(logits, labels)
+        if self.weight is None:
+            return nll.sum()/state.count
+        own = logits if labels.ndim == 1 else logits[:, :-1]
+        given = dict(nll=(nll,), logits=(nll, own), batch=(state.batch,))
+        with torch.no_grad():
+            w = self.weight(*given[getattr(self.weight, 'reads', 'nll')])
+        return (w*nll).sum()/state.count
 
     def in_one_pass(self, state, terms:tuple) -> Tensor|None: # terms: one at most, with an `anchor`
         """Compute the loss and the term without logits;
@@ -179,7 +198,7 @@ class Objective:
         return ' + '.join(map(name_of, (self.loss, *self.terms)))
 
 # %% ../../nbs/trainers/objective.ipynb #209a3a96
-def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, as constants; None: all 1
+def weighted(weight:Callable|None=None # as in `token_loss`
             ) -> Objective:
     "The mean over tokens of weight times negative log-likelihood"
     return Objective(token_loss(weight))
