@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 import torch
-from ..adapters.delta import Entries
 from ..core.model import evaluating, model_inputs, to_device
 from .checkpoint import change_tensors
 from .objective import loss_mask, token_nll
@@ -125,7 +124,7 @@ class KeepBest:
                 warnings.warn(f'no {self.key!r} was measured in this run, so the last weights are kept')
             return
         for n, d in state.attached.deltas.items():
-            if isinstance(d, Entries): # entries that were chosen anew have other indices
+            if hasattr(d, 'hold'): # entries or slices that were chosen anew have other indices
                 d.hold(*(self.tensors[f'param|{n}::{k}'] for k in ('index', 'left_index', 'left_value')))
         for n, t in _trained(state).items():
             t.copy_(self.tensors[n])

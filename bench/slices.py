@@ -1,0 +1,96 @@
+"""What it saves to train rows, columns or blocks instead of scattered entries, as many of them.
+
+On a random Llama of 100 million parameters, at 5% of them. `python bench/slices.py` writes
+bench/results/slices.json in about ten minutes. Time: all methods in turns in one process on one model,
+ratios to SHiRA within a round, with the spread over rounds; a step is forward, backward and AdamW.
+Memory: `fit` with each method in a process of its own, by the system's own mark, above the loaded
+model, and with it. SMT is measured with random blocks, and again with its selection, which reads the
+whole gradient of attention once."""
+import json, os, statistics, subprocess, sys, time
+from pathlib import Path
+from native import THREADS, machine, peak, save, spread
+from native_training import by_ftlab, load, matrices
+
+BUDGET, SHAPES, ROUNDS = .05, ((2, 64), (4, 128)), (7, 3)
+ARMS = ('shira', 's2ft', 's2ft down', 'slicefine', 'slicefine rows', 'smt', 'lora')
+
+def recipe(arm, model):
+    from ftlab import methods
+    total = sum(p.numel() for p in model.parameters())
+    inside = sum(a*b for a, b in matrices(model).values())
+    rank = round(BUDGET*total/sum(a + b for a, b in matrices(model).values()))
+    return {'shira': lambda: methods.shira(BUDGET*total/inside),
+            's2ft': lambda: methods.s2ft(budget=BUDGET, tune=('o', 'down')),
+            's2ft down': lambda: methods.s2ft(budget=BUDGET),
+            'slicefine': lambda: methods.slicefine(budget=BUDGET, every=0),
+            'slicefine rows': lambda: methods.slicefine(budget=BUDGET, every=0, rows=True),
+            'smt': lambda: methods.smt(BUDGET, 64, 'random'),
+            'smt with selection': lambda: methods.smt(BUDGET, 64, rows=2),
+            'lora': lambda: methods.lora(rank)}[arm]()
+
+def timed(rows, tokens, rounds):
+    "Seconds of a step of each method, round by round, and what trains"
+    import torch
+    from ftlab.adapters.attach import attach
+    model, _ = load('llama_100m')
+    ids = torch.randint(0, 500, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    times, trained = {a: [] for a in ARMS}, {}
+
+    def once(arm, steps):
+        r = recipe(arm, model)
+        att = attach(model, r.select(model, None, 0), r.delta)
+        ps = list(att.parameters().values())
+        opt, out = torch.optim.AdamW(ps, lr=1e-6), []
+        for _ in range(steps):
+            t = time.perf_counter()
+            with att.recompute():
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            out.append(time.perf_counter() - t)
+        trained[arm] = sum(p.numel() for p in ps)
+        att.detach()
+        model.requires_grad_(True)
+        return min(out[1:])
+
+    for _ in range(rounds):
+        for arm in ARMS:
+            times[arm].append(once(arm, 3))
+    ratio = {a: spread([x/y for x, y in zip(times[a], times['shira'])]) for a in ARMS}
+    return dict(rows=rows, tokens=tokens, rounds=rounds, trained=trained, time_ratio=ratio,
+                seconds={a: round(statistics.median(t), 3) for a, t in times.items()})
+
+def child(arm):
+    import torch
+    import ftlab.trainers.fit # noqa: F401 - what is imported is not what training holds
+    torch.set_num_threads(THREADS)
+    if arm == 'time':
+        out = [timed(*shape, n) for shape, n in zip(SHAPES, ROUNDS)]
+        return print(json.dumps(dict(times=out, torch=torch.__version__)))
+    model, tok = load('llama_100m')
+    held, r = 4*sum(p.numel() for p in model.parameters()), recipe(arm, model)
+    above = peak(lambda: by_ftlab(model, tok, r))
+    print(json.dumps(dict(above_model=above, with_model=above + held)))
+
+def run(arm):
+    env = {**os.environ, 'OMP_NUM_THREADS': str(THREADS), 'HF_HUB_OFFLINE': '1',
+           **({} if arm == 'time' else {'MALLOC_MMAP_THRESHOLD_': '65536'})}
+    r = subprocess.run([sys.executable, __file__, arm], env=env, capture_output=True, text=True)
+    if r.returncode:
+        sys.exit(f'{arm}: ended with {r.returncode}\n{r.stderr}')
+    print(arm, r.stdout.splitlines()[-1], flush=True)
+    return json.loads(r.stdout.splitlines()[-1])
+
+def main():
+    found = run('time')
+    bytes_ = {a: run(a) for a in (*ARMS, 'smt with selection')}
+    ratios = {k: {a: round(b[k]/bytes_['shira'][k], 2) for a, b in bytes_.items()} for k in bytes_['shira']}
+    save(Path(__file__).parent/'results'/'slices.json',
+         dict(budget=BUDGET, **machine(found['torch']),
+              targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'),
+              time_ratio=found['times'][0]['time_ratio'], times=found['times'], peak_bytes=bytes_,
+              peak_ratio=ratios))
+
+if __name__ == '__main__':
+    child(sys.argv[1]) if sys.argv[1:] else main()
