@@ -80,7 +80,7 @@ class Slide(Refresh):
     'without new parameters.',
     'abstract and Figure 1 of version 2, and the project page (facebookresearch.github.io/SliceFine); where a sweep '
     'begins and ends, the optimizer at a move and the interval are our reading',
-    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(every=3))
+    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def slicefine(width:int=1,           # columns or rows in a slice; the paper: 1 to 5
               rows:bool=False,       # slices of rows instead of columns
               every:int=500,         # steps between two moves; 0: never
