@@ -1,5 +1,11 @@
-"slicefine: what its page cannot say about itself"
+"SliceFine: against coordinate descent by hand, and the edges of its arguments"
+import pytest
+import torch
 from ftlab import papers
+from ftlab.adapters.subsets.slicefine import slicefine, slices_of
+from ftlab.trainers.fit import fit
+from tests.tiny import tiny
+from tests.toys import TOK, lab_data, toy
 
 ENTRY = next(e for e in papers.index() if e['key'] == 'slicefine')
 
@@ -9,4 +15,74 @@ def test_it_is_the_paper_of_the_catalogue():
     assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
-# FILL IN: a peer on the same tensors where one exists, the edges of its arguments, the errors that it gives
+def trained(steps, **k):
+    "Train with a slice of 4 columns that moves every two steps, and note the change after each step"
+    seen = []
+
+    class Look:
+        def after_step(self, state):
+            seen.append({n: state.attached.weight(n)[1] - state.attached.weight(n)[0] for n in state.attached.deltas})
+    run = fit(toy(), TOK, lab_data(), slicefine(4, every=2), steps=steps, batch_size=4, lr=1e-2, progress=False,
+              callbacks=(Look(),), weight_decay=0., **k)
+    return run, seen
+
+
+def test_only_the_active_slice_moves_and_the_others_stay():
+    run, seen = trained(6, schedule='constant')
+    for n in seen[0]:
+        size = seen[0][n].shape[1]
+        starts = slices_of(size, 4)
+        first = starts.index(int((seen[0][n] != 0).any(0).nonzero()[0]))
+        for step, (before, after) in enumerate(zip(seen, seen[1:]), 1):
+            start = starts[(first + step//2) % len(starts)]
+            moved = (before[n] - after[n]).abs().amax(0) > 1e-6
+            assert moved[start:start + 4].any() and moved.sum() <= 4 and not moved[:start].any(), (n, step)
+
+
+def test_the_optimizer_starts_anew_after_a_move():
+    "Adam's first step is the rate in every entry, as at the start of a run"
+    _, seen = trained(4, schedule='constant')
+    steps = [{n: (b[n] - a[n]) for n in a} for a, b in zip(seen[1:], seen[2:])]
+    name = next(iter(seen[0]))
+    size = steps[0][name].abs()
+    assert torch.allclose(size[size > 1e-4].max(), torch.tensor(1e-2), rtol=1e-3)
+
+
+def test_slices_cover_a_weight_and_the_last_fits():
+    assert slices_of(10, 4) == [0, 4, 6] and slices_of(8, 4) == [0, 4] and slices_of(3, 3) == [0]
+
+
+@pytest.mark.parametrize('rows', (True, False))
+@pytest.mark.parametrize('make', (toy, lambda: tiny('gpt2')))
+def test_the_width_and_the_budget_are_met(make, rows):
+    model = make()
+    masks = slicefine(2, rows).select(model)
+    assert all(m.sum() in (2*m.shape[0], 2*m.shape[1]) for m in masks.values())
+    total = sum(p.numel() for p in model.parameters())
+    some = slicefine(rows=rows, budget=.05).select(model)
+    count = sum(int(m.sum()) for m in some.values())
+    assert .02*total < count <= .05*total + 1
+
+
+def test_a_run_that_was_cut_off_continues_bit_for_bit(tmp_path):
+    whole, _ = trained(6)
+    folder = tmp_path/'run'
+
+    class Stop:
+        def after_step(self, state):
+            if state.step == 5:
+                raise KeyboardInterrupt
+    k = dict(steps=6, batch_size=4, lr=1e-2, progress=False, weight_decay=0., out=folder, save_every=2)
+    fit(toy(), TOK, lab_data(), slicefine(4, every=2), callbacks=(Stop(),), **k)
+    again = fit(toy(), TOK, lab_data(), slicefine(4, every=2), resume=True, **k)
+    want, have = whole.delta.tensors(), again.delta.tensors()
+    assert all(torch.equal(want[n], have[n]) for n in want)
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda: slicefine(0), 'at least 1'), (lambda: slicefine(every=-1), '0 or more'),
+    (lambda: slicefine(budget=.999).select(toy()), 'more than all'),
+    (lambda: slicefine(budget=-1.).select(toy()), 'share of the parameters')])
+def test_wrong_arguments_say_what_is_wrong(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -71,8 +71,9 @@ class Slide(Refresh):
             starts = slices_of(d.most, width)
             now = starts.index(int(d.index.min()))
             d.move(torch.arange(width) + starts[(now + 1) % len(starts)])
-            if state.optimizer:
-                state.optimizer.state.pop(d.value, None)
+            for t in (state.optimizer.state.get(d.value, {}) if state.optimizer else {}).values():
+                if torch.is_tensor(t): # both moments, and AdamW's count of steps
+                    t.zero_()
 
 # %% ../../../nbs/adapters/subsets/slicefine.ipynb #slicefine-6
 @method('SliceFine: The Universal Winning-Slice Hypothesis for Pretrained Networks', '2510.08513',
