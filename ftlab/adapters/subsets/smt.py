@@ -70,7 +70,7 @@ class strongest_blocks:
     'abstract, a summary of the paper (sciencestack.ai) and the official code (SparseMatrixTuning/smt_neurips2024, '
     'd403faa: smt/smt_helper.py lines 17 to 120, smt/smt.py lines 113 to 170); gradients of the base instead of '
     'warm-up steps are our reading',
-    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(budget=.05, size=4, rows=8))
+    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(budget=.05, size=4, by='random'))
 def smt(budget:float=.0084,    # a share of the model's parameters
         size:int=16,           # the side of a block; the paper: 256
         by:str='mean_abs',     # 'mean_abs' (the official default), 'abs_mean', or the baseline 'random'
