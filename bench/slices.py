@@ -2,8 +2,9 @@
 
 On a random Llama of 100 million parameters, at 5% of them. `python bench/slices.py` writes
 bench/results/slices.json in about two minutes on quiet cores. Time: all methods in turns in one process on one model,
-the second step of each, in CPU-seconds, which a busy machine hardly changes; ratios to SHiRA within a
-round. A step is forward, backward and AdamW.
+the second step of each, in CPU-seconds of one thread; ratios to SHiRA within a round. With two threads, most of the
+CPU-seconds of small products are spent waiting for the other thread if the machine is busy. A step is forward,
+backward and AdamW.
 Memory: `fit` with each method in a process of its own, by the system's own mark, above the loaded
 model, and with it. SMT is measured with random blocks, and again with its selection, which reads the
 whole gradient of attention once."""
@@ -13,7 +14,7 @@ from native import THREADS, machine, peak, save
 import native_training
 from native_training import by_ftlab, load, matrices
 
-BUDGET, ROWS, TOKENS, ROUNDS = .05, 2, 64, 2
+BUDGET, ROWS, TOKENS, ROUNDS = .05, 2, 64, 3
 ARMS = ('shira', 's2ft', 's2ft down', 'slicefine', 'smt', 'lora')
 
 def recipe(arm, model):
@@ -67,7 +68,7 @@ def timed():
 def child(arm):
     import torch
     import ftlab.trainers.fit # noqa: F401 - what is imported is not what training holds
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1 if arm == 'time' else THREADS)
     if arm == 'time':
         return print(json.dumps(dict(timed(), torch=torch.__version__)))
     native_training.STEPS = 2
@@ -77,7 +78,7 @@ def child(arm):
     print(json.dumps(dict(above_model=above, with_model=above + held)))
 
 def run(arm):
-    env = {**os.environ, 'OMP_NUM_THREADS': str(THREADS), 'HF_HUB_OFFLINE': '1',
+    env = {**os.environ, 'OMP_NUM_THREADS': '1' if arm == 'time' else str(THREADS), 'HF_HUB_OFFLINE': '1',
            **({} if arm == 'time' else {'MALLOC_MMAP_THRESHOLD_': '65536'})}
     r = subprocess.run([sys.executable, __file__, arm], env=env, stdout=subprocess.PIPE, text=True)
     if r.returncode:
@@ -90,7 +91,7 @@ def main():
     bytes_ = {a: run(a) for a in (*ARMS, 'smt with selection')}
     ratios = {k: {a: round(b[k]/bytes_['shira'][k], 2) for a, b in bytes_.items()} for k in bytes_['shira']}
     save(Path(__file__).parent/'results'/'slices.json',
-         dict(budget=BUDGET, **machine(found['torch']),
+         dict(budget=BUDGET, **machine(found['torch']), time_threads=1,
               targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'),
               **{k: v for k, v in found.items() if k != 'torch'}, peak_bytes=bytes_, peak_ratio=ratios))
 

@@ -69,6 +69,34 @@ def test_autograd_saves_no_weight_and_only_the_inputs_that_are_read(kind):
     assert sum(saved.values()) <= read + d.value.numel() + 4*64, saved
 
 
+def test_all_blocks_of_a_weight_are_one_product_each_way():
+    W, x = torch.randn(64, 64), torch.randn(10, 64, requires_grad=True)
+    d = Blocks(W, size=4)
+    with torch.profiler.profile() as seen:
+        d.branch(x).sum().backward()
+    count = {e.key: e.count for e in seen.key_averages()}
+    assert count['aten::bmm'] == 3 and not {'aten::mm', 'aten::addmm'} & count.keys()
+    assert count['aten::index_add_'] == 2
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_gradient_is_right_under_autocast_too(kind):
+    torch.manual_seed(0)
+    W, x = torch.randn(12, 20), torch.randn(3, 5, 20)
+    d = made(kind, W, masked(W, kind))
+    torch.nn.init.normal_(d.value)
+    grads = []
+    for on in (False, True):
+        given = x.clone().requires_grad_()
+        d.value.grad = None
+        with torch.autocast('cpu', torch.bfloat16, enabled=on):
+            out = d.branch(given)
+        out.float().sum().backward()
+        grads.append((given.grad, d.value.grad.clone()))
+    for want, have in zip(*grads):
+        torch.testing.assert_close(have, want, rtol=.05, atol=.05)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_attached_it_saves_loads_folds_and_leaves_the_rest(kind, tmp_path):
     model = toy(hidden=32)

@@ -125,6 +125,34 @@ def block_size(shape,     # [out, in]
     "Return the largest side of square blocks, at most `size` and a divisor of it, that divides a weight evenly"
     return math.gcd(*shape, size)
 
+class _Products(torch.autograd.Function):
+    "Multiply the inputs of all blocks with their values, and add the products to the blocks' outputs"
+
+    @staticmethod
+    def forward(ctx, x, value, place, rows):
+        ctx.save_for_backward(x, value, place)
+        row, column = place.unbind(1)
+        inputs = _taken(x, column, value.shape[1])
+        return _added(torch.bmm(inputs, value.transpose(1, 2)), row, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, value, place = ctx.saved_tensors
+        (row, column), size = place.unbind(1), value.shape[1]
+        grads = _taken(grad.to(value.dtype), row, size) # under autocast, `grad` is narrower
+        inputs = _taken(x.to(value.dtype), column, size)
+        to_x = _added(torch.bmm(grads, value), column, x.shape[1]//size).to(x.dtype)
+        return to_x, torch.bmm(grads.transpose(1, 2), inputs), None, None
+
+def _taken(x, which, size):
+    "Copy these groups of `size` neighbouring columns: [tokens, width] -> [groups, tokens, size]"
+    return x.view(len(x), -1, size).transpose(0, 1)[which]
+
+def _added(y, which, count):
+    "Add each of [groups, tokens, size] to one of `count` groups of columns: [tokens, count*size]"
+    out = y.new_zeros(count, *y.shape[1:]).index_add_(0, which, y)
+    return out.transpose(0, 1).flatten(1)
+
 class Blocks(nn.Module):
     """`W` plus trainable values in square blocks.
     Raises `ValueError` for a mask that is not made of such blocks, and for sizes that do not fit."""
@@ -158,13 +186,8 @@ class Blocks(nn.Module):
 
     def branch(self, x:Tensor) -> Tensor:
         "Return what the change adds to the layer's output"
-        flat = x.reshape(-1, self.shape[1])
-        pieces, out = flat.split(self.size, 1), {}
-        for (row, column), V in zip(self.place.tolist(), self.value.unbind()):
-            part = (pieces[column], V.T)
-            out[row] = torch.addmm(out[row], *part) if row in out else torch.mm(*part)
-        none = None if len(out)*self.size == self.shape[0] else flat.new_zeros(len(flat), self.size)
-        return torch.cat([out.get(i, none) for i in range(self.shape[0]//self.size)], 1).view(*x.shape[:-1], -1)
+        out = _Products.apply(x.reshape(-1, self.shape[1]), self.value, self.place, self.shape[0]//self.size)
+        return out.view(*x.shape[:-1], -1)
 
     def check(self) -> None:
         "Raise `ValueError` for a block outside the weight, or one that occurs twice"
