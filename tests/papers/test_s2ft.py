@@ -62,6 +62,15 @@ def test_a_budget_is_met_to_within_a_channel(budget):
     assert 0 <= budget*total + .5 - trained <= 64 + .5
 
 
+@pytest.mark.parametrize('tune', (('o', 'down'), ('down', 'o'), ('v', 'o', 'up', 'down')))
+@pytest.mark.parametrize('budget', (.01, .05, .1, .2))
+def test_what_is_less_than_a_head_goes_to_channels(budget, tune):
+    model = toy(hidden=64)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(int(m.sum()) for m in s2ft(budget=budget, tune=tune).select(model).values())
+    assert 0 <= budget*total + .5 - trained <= 2*64 + .5
+
+
 def test_heads_are_whole_also_where_the_model_stores_a_weight_transposed():
     chosen = s2ft(.5, ('o', 'down')).select(tiny('gpt2'))
     width = tiny('gpt2').config.n_embd//tiny('gpt2').config.n_head

@@ -59,9 +59,20 @@ def test_the_width_and_the_budget_are_met(make, rows):
     masks = slicefine(2, rows).select(model)
     assert all(m.sum() in (2*m.shape[0], 2*m.shape[1]) for m in masks.values())
     total = sum(p.numel() for p in model.parameters())
-    some = slicefine(rows=rows, budget=.05).select(model)
-    count = sum(int(m.sum()) for m in some.values())
-    assert .02*total < count <= .05*total + 1
+    for budget in (.001, .005, .05, .2):
+        some = slicefine(rows=rows, budget=budget).select(model)
+        largest = max(max(m.shape) for m in masks.values())
+        assert 0 <= budget*total + .5 - sum(int(m.sum()) for m in some.values()) < largest + 1, budget
+
+
+def test_with_a_budget_all_matrices_have_the_same_share_to_within_a_slice():
+    model = toy(hidden=64)
+    masks = slicefine(budget=.1).select(model)
+    total = sum(p.numel() for p in model.parameters())
+    inside = sum(m.numel() for m in slicefine().select(model).values())
+    for m in masks.values():
+        width = int(m.any(0).sum())
+        assert abs(width - .1*total/inside*m.shape[1]) < 1
 
 
 def test_a_run_that_was_cut_off_continues_bit_for_bit(tmp_path):
@@ -82,6 +93,8 @@ def test_a_run_that_was_cut_off_continues_bit_for_bit(tmp_path):
 @pytest.mark.parametrize('make, says', [
     (lambda: slicefine(0), 'at least 1'), (lambda: slicefine(every=-1), '0 or more'),
     (lambda: slicefine(budget=.999).select(toy()), 'more than all'),
+    (lambda: slicefine(budget=1e-6).select(toy()), 'the smallest slice has'),
+    (lambda: slicefine(targets=('x',)).select(toy()), 'no matrix among x'),
     (lambda: slicefine(budget=-1.).select(toy()), 'share of the parameters')])
 def test_wrong_arguments_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says):

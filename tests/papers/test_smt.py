@@ -67,6 +67,7 @@ def test_random_blocks_depend_on_the_seed_alone():
     (lambda: smt(size=0), 'at least 1'), (lambda: smt(by='abs'), 'mean_abs, abs_mean, random'),
     (lambda: smt(1e-6).select(toy(), Unread()), 'smallest unit'),
     (lambda: smt(0.).select(toy(), Unread()), 'budget is'),
+    (lambda: smt(.9, 4).select(toy(), Unread()), 'the budget allows'),
     (lambda: smt().select(toy()), 'training rows'),
     (lambda: smt(targets=('x',)).select(toy(), Unread()), 'no matrix among x')])
 def test_wrong_arguments_say_what_is_wrong(make, says):

@@ -40,11 +40,11 @@ class coupled:
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask of whole rows or columns}
         params, a = dict(model.named_parameters()), anatomy(model)
         found = {role: _widths(model, a, role) for role in self.tune}
-        share, out = self._share(model, [params[n] for names in found.values() for n in names]), {}
+        units = {role: [(n, i) for n, (size, width) in names.items() for i in range(size//width)]
+                 for role, names in found.items()}
+        counts, out = self._counts(model, {r: sum(params[n].numel() for n in found[r]) for r in found}, units), {}
         for role, names in found.items():
-            units = [(n, i) for n, (size, width) in names.items() for i in range(size//width)]
-            count = int(share*len(units) + 1e-9) # rounded down, as in the official code
-            picked = self._picked(model, batches, role, names, units, f'{seed}/{role}')[:count]
+            picked = self._picked(model, batches, role, names, units[role], f'{seed}/{role}')[:counts[role]]
             for n in dict.fromkeys(n for n, _ in picked):
                 size, width = names[n]
                 line = torch.zeros(size, dtype=torch.bool, device=params[n].device)
@@ -52,16 +52,21 @@ class coupled:
                 rows = ROLES[role] != (n in a.transposed) # as the model stores the weight
                 out[n] = (line[:, None] if rows else line).expand_as(params[n]) # takes no memory
         if not out:
-            raise ValueError(f'{share:.2g} of {", ".join(self.tune)} is less than one channel or head; train more')
+            raise ValueError(f'this share of {", ".join(self.tune)} is less than one channel or head; train more')
         return out
 
-    def _share(self, model, weights):
+    def _counts(self, model, sizes, units) -> dict: # {role: units that train}
+        "Count the units of each role, rounded down as in the official code"
         if self.budget is None:
-            return self.share
-        total, count = sum(w.numel() for w in weights), allowed(model, self.budget)
-        if count > total:
-            raise ValueError(f'the budget allows {count:,} parameters, and {", ".join(self.tune)} have {total:,}')
-        return count/total
+            return {role: int(self.share*len(units[role]) + 1e-9) for role in sizes}
+        total, left, out = sum(sizes.values()), allowed(model, self.budget), {}
+        if left > total:
+            raise ValueError(f'the budget allows {left:,} parameters, and {", ".join(self.tune)} have {total:,}')
+        for role in sorted(sizes, key=lambda r: -sizes[r]/len(units[r])): # what heads leave is for channels
+            out[role] = int(left/total*len(units[role]) + 1e-9)
+            left -= out[role]*sizes[role]//len(units[role])
+            total -= sizes[role]
+        return out
 
     def _picked(self, model, batches, role, names, units, seed):
         "Return all units, the first to be chosen first"
@@ -94,10 +99,10 @@ def _widths(model, a, role) -> dict:
 @method('S^{2}FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity', '2412.06289',
     'Training a few whole heads and channels learns more than LoRA with as many parameters and keeps more than '
     'full fine-tuning.',
-    'abstract and official code (Infini-AI-Lab/S2FT, a58edbb: s2ft/s2.py, experiments/train/finetune.py lines 295 to '
-    '351, experiments/train_script); the choice by activation is our reading',
+    'abstract and official code (Infini-AI-Lab/S2FT, a58edbb: s2ft/s2.py, experiments/train/finetune.py lines 292 to '
+    '353, experiments/train_script); the choice by activation and the budget are our reading',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
-def s2ft(share:float=.03,      # the share of heads and channels that train; the official scripts: .03 of `down`
+def s2ft(share:float=.03,      # the share of heads and channels that train; the official scripts for LLaMA-3: .03 of `down`
          tune:tuple[str, ...]=('down',), # of 'v', 'o', 'up' and 'down'
          by:str='random',      # 'random', or 'activation': those whose mean activation is smallest
          budget:float|None=None # instead of `share`: a share of the model's parameters

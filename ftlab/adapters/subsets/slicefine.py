@@ -27,10 +27,10 @@ def slices_of(size:int,  # rows or columns of a weight
 @dataclass(frozen=True)
 class thin:
     """Select a slice of neighbouring columns or rows in each matrix; the seed decides where.
-    Raises `ValueError` for a width below 1."""
+    Raises `ValueError` for a width below 1, and for a budget that is below one slice or above all matrices."""
     width:int=1                # columns or rows, at most all
     rows:bool=False            # rows instead of columns
-    budget:float|None=None     # instead of `width`: a share of the model's parameters, the same share of each matrix
+    budget:float|None=None     # instead of `width`: a share of the model's parameters, and of each matrix (or none)
     targets:tuple[str, ...]=('attention', 'mlp') # as in `parts`
 
     def __post_init__(self):
@@ -40,18 +40,34 @@ class thin:
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask of whole columns or rows}
         a, params, draw, out = anatomy(model), dict(model.named_parameters()), random.Random(seed), {}
         names = [n for n in parts(*self.targets)(model) if params[n].ndim == 2]
-        share = self.budget and allowed(model, self.budget)/sum(params[n].numel() for n in names)
-        if share and share > 1:
-            raise ValueError(f'the budget is more than all of {", ".join(self.targets)}; use a smaller one')
-        for n in names:
-            down = self.rows != (n in a.transposed) # along the rows of the weight as it is stored
-            size = params[n].shape[0 if down else 1]
-            width = min(size, self.width if share is None else max(1, int(share*size + 1e-9)))
-            start = draw.choice(slices_of(size, width))
-            line = torch.zeros(size, dtype=torch.bool, device=params[n].device)
+        if not names:
+            raise ValueError(f'{type(model).__name__} has no matrix among {", ".join(self.targets)}')
+        down = {n: self.rows != (n in a.transposed) for n in names} # along the rows of the weight as it is stored
+        sizes = {n: params[n].shape[0 if down[n] else 1] for n in names}
+        for n, width in self._widths(model, sizes, params).items():
+            start = draw.choice(slices_of(sizes[n], width))
+            line = torch.zeros(sizes[n], dtype=torch.bool, device=params[n].device)
             line[start:start + width] = True
-            out[n] = (line[:, None] if down else line).expand_as(params[n]) # takes no memory
+            out[n] = (line[:, None] if down[n] else line).expand_as(params[n]) # takes no memory
         return out
+
+    def _widths(self, model, sizes, params) -> dict: # {name: columns or rows in its slice}, without those that have none
+        if self.budget is None:
+            return {n: min(size, self.width) for n, size in sizes.items()}
+        count, each = allowed(model, self.budget), {n: params[n].numel()//size for n, size in sizes.items()}
+        share = count/sum(params[n].numel() for n in sizes)
+        if share > 1:
+            raise ValueError(f'the budget is more than all of {", ".join(self.targets)}; use a smaller one')
+        if count < min(each.values()):
+            raise ValueError(f'the budget allows {count:,} parameters, and the smallest slice has '
+                             f'{min(each.values()):,}; use a larger budget')
+        widths = {n: int(share*size + 1e-9) for n, size in sizes.items()}
+        left = count - sum(each[n]*width for n, width in widths.items())
+        for n in sorted(sizes, key=lambda n: widths[n] - share*sizes[n]): # first those that lost most by rounding down
+            if each[n] <= left:
+                widths[n] += 1
+                left -= each[n]
+        return {n: width for n, width in widths.items() if width}
 
     def __repr__(self):
         return f'thin({self.width if self.budget is None else self.budget}, {"rows" if self.rows else "columns"})'
@@ -82,7 +98,7 @@ class Slide(Refresh):
     'abstract and Figure 1 of version 2, and the project page (facebookresearch.github.io/SliceFine); where a sweep '
     'begins and ends, the optimizer at a move and the interval are our reading',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
-def slicefine(width:int=1,           # columns or rows in a slice; the paper: 1 to 5
+def slicefine(width:int=1,           # columns or rows in a slice; the paper: 1 is often enough
               rows:bool=False,       # slices of rows instead of columns
               every:int=500,         # steps between two moves; 0: never
               budget:float|None=None, # instead of `width`: a share of the model's parameters at any step

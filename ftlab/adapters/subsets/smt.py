@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from ..select import allowed, best_units, parts
 from ..slices import block_size, in_blocks
-from ...core.anatomy import anatomy
 from ...core.paper import method
 from ...core.recipe import Recipe
 from ...trainers.statistics import gradients
@@ -23,7 +22,7 @@ BY = (*SCORES, 'random')
 @dataclass(frozen=True)
 class strongest_blocks:
     """Select the square blocks with the strongest mean gradient over training rows; blocks of all weights compete.
-    Raises `ValueError` for a side below 1 and an unknown rule."""
+    Raises `ValueError` for a side below 1, an unknown rule, and a budget above all targets or below one block."""
     budget:float=.0084     # a share of the model's parameters
     size:int=16            # the side of a block, as in `block_size`
     by:str='mean_abs'      # of `BY`
@@ -36,15 +35,18 @@ class strongest_blocks:
                              f'{", ".join(BY)}')
 
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask of whole blocks}
-        a, params = anatomy(model), dict(model.named_parameters())
+        params = dict(model.named_parameters())
         names = [n for n in parts(*self.targets)(model) if params[n].ndim == 2]
         if not names:
             raise ValueError(f'{type(model).__name__} has no matrix among {", ".join(self.targets)}')
+        total, count = sum(params[n].numel() for n in names), allowed(model, self.budget)
+        if count > total:
+            raise ValueError(f'the budget allows {count:,} parameters, and {", ".join(self.targets)} have {total:,}')
         side = {n: block_size(params[n].shape, self.size) for n in names}
         scores = self._scores(model, batches, names, side, seed)
         units = [(n, i) for n in names for i in range(scores[n].numel())]
         flat = torch.cat([scores[n].flatten() for n in names]).tolist()
-        best = best_units(flat, [side[n]**2 for n, _ in units], allowed(model, self.budget))
+        best = best_units(flat, [side[n]**2 for n, _ in units], count)
         out = {n: torch.zeros(scores[n].shape, dtype=torch.bool, device=params[n].device) for n in names}
         for n, i in (units[u] for u in best):
             out[n].view(-1)[i] = True
@@ -68,8 +70,9 @@ class strongest_blocks:
     'Training the square blocks of attention with the strongest gradient learns more than LoRA and DoRA with as many '
     'parameters.',
     'abstract, a summary of the paper (sciencestack.ai) and the official code (SparseMatrixTuning/smt_neurips2024, '
-    'd403faa: smt/smt_helper.py lines 17 to 120, smt/smt.py lines 113 to 170); gradients of the base instead of '
-    'warm-up steps are our reading',
+    'd403faa: smt/smt_helper.py lines 17 to 137, smt/smt.py lines 113 to 170; HectorHHZ/Sparse_Matrix_Tuning, '
+    '31c5ff6: deepspeed/fine_tune.py lines 231 to 402 and 714 to 766); gradients of the base instead of 100 steps of '
+    'full fine-tuning are our reading',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(budget=.05, size=4, by='random'))
 def smt(budget:float=.0084,    # a share of the model's parameters
         size:int=16,           # the side of a block; the paper: 256
@@ -79,5 +82,5 @@ def smt(budget:float=.0084,    # a share of the model's parameters
        ) -> Recipe:
     """Train the square blocks of attention in which the gradient is strongest (sparse matrix tuning)
 
-    Raises `ValueError` for a `budget` outside (0, 1] or below one block, a `size` below 1 and an unknown `by`."""
+    Raises `ValueError` for a `budget` outside (0, 1], below one block or above all targets, a `size` below 1 and an unknown `by`."""
     return Recipe(select=strongest_blocks(budget, size, by, tuple(targets), rows), delta=in_blocks(size))
