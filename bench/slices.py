@@ -60,8 +60,9 @@ def timed():
         for arm in ARMS:
             times[arm].append(once(arm, 2))
         print({a: round(t[-1], 2) for a, t in times.items()}, file=sys.stderr, flush=True)
-    ratio = {a: dict(median=round(statistics.median(x/y for x, y in zip(times[a], times['shira'])), 2),
-                     rounds=[round(x/y, 2) for x, y in zip(times[a], times['shira'])]) for a in ARMS}
+    ratios = {a: [x/y for x, y in zip(times[a], times['shira'])] for a in ARMS}
+    ratio = {a: dict(median=round(statistics.median(r), 2), rounds=[round(x, 2) for x in r])
+             for a, r in ratios.items()}
     return dict(rows=ROWS, tokens=TOKENS, rounds=ROUNDS, trained=trained, time_ratio=ratio,
                 seconds={a: round(statistics.median(t), 3) for a, t in times.items()})
 
@@ -78,7 +79,8 @@ def child(arm):
     print(json.dumps(dict(above_model=above, with_model=above + held)))
 
 def run(arm):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1' if arm == 'time' else str(THREADS), 'HF_HUB_OFFLINE': '1',
+    threads = '1' if arm == 'time' else str(THREADS)
+    env = {**os.environ, 'OMP_NUM_THREADS': threads, 'HF_HUB_OFFLINE': '1',
            **({} if arm == 'time' else {'MALLOC_MMAP_THRESHOLD_': '65536'})}
     r = subprocess.run([sys.executable, __file__, arm], env=env, stdout=subprocess.PIPE, text=True)
     if r.returncode:
@@ -93,7 +95,8 @@ def main():
     save(Path(__file__).parent/'results'/'slices.json',
          dict(budget=BUDGET, **machine(found['torch']), time_threads=1,
               targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'),
-              **{k: v for k, v in found.items() if k != 'torch'}, peak_bytes=bytes_, peak_ratio=ratios))
+              **{k: v for k, v in found.items() if k != 'torch'},
+              peak_bytes=bytes_, peak_ratio=ratios))
 
 if __name__ == '__main__':
     child(sys.argv[1]) if sys.argv[1:] else main()

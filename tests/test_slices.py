@@ -109,7 +109,12 @@ def test_attached_it_saves_loads_folds_and_leaves_the_rest(kind, tmp_path):
         torch.nn.init.normal_(d.value, std=.1)
     tuned = logits(model)
     assert (tuned - plain).abs().max() > 1e-3
-    save_delta(tmp_path/'d.safetensors', *pack(att), names)
+    held = sum(t.nbytes for d in att.deltas.values() for t in (*d.parameters(), *d.buffers()))
+    values = sum(4*int(m.sum()) for m in chosen.values())
+    assert values == sum(p.nbytes for p in att.parameters().values()) # as many again for each moment of AdamW
+    size = save_delta(tmp_path/'d.safetensors', *pack(att), names)
+    described = int.from_bytes((tmp_path/'d.safetensors').read_bytes()[:8], 'little')
+    assert size == 8 + described + held and held <= 1.25*values # beside the indices
     with att.disabled():
         assert torch.equal(logits(model), plain)
     for n, c in att.changes().items():

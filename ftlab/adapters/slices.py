@@ -30,7 +30,8 @@ class Slices(nn.Module):
         if count is None:
             rows, index = _lines(W, mask)
         else:
-            index = torch.zeros(_fitting(count, W.shape[0 if rows else 1]), dtype=torch.int64, device=W.device)
+            count = _fitting(count, W.shape[0 if rows else 1])
+            index = torch.zeros(count, dtype=torch.int64, device=W.device)
         self.rows, self.shape = rows, tuple(W.shape)
         self.register_buffer('index', index)
         self.value = nn.Parameter(self._zeros(len(index), W))
@@ -60,7 +61,9 @@ class Slices(nn.Module):
     def branch(self, x:Tensor) -> Tensor:
         "Return what the change adds to the layer's output"
         out = self._part(x, self.index, self.value)
-        return out + self._part(x, self.left_index, self.left_value) if len(self.left_index) else out
+        if not len(self.left_index):
+            return out
+        return out + self._part(x, self.left_index, self.left_value)
 
     def _part(self, x, index, value):
         if not self.rows:
@@ -89,7 +92,8 @@ class Slices(nn.Module):
     def hold(self, index:Tensor, left_index:Tensor, left_value:Tensor) -> None:
         "Continue with the slices of a checkpoint; the values at `index` are restored with the run's parameters"
         self.index.copy_(index)
-        self.left_index, self.left_value = left_index.to(self.left_index), left_value.to(self.left_value)
+        self.left_index = left_index.to(self.left_index)
+        self.left_value = left_value.to(self.left_value)
         self.config['left'] = len(self.left_index)
 
     def check(self) -> None:
@@ -173,7 +177,9 @@ class Blocks(nn.Module):
             if int(grid.sum())*size**2 != int(mask.sum()):
                 raise ValueError(f'the mask must consist of whole blocks of {size} x {size}')
         most = grid.numel()
-        place = grid.nonzero() if count is None else grid.nonzero()[:1].repeat(_fitting(count, most), 1)
+        place = grid.nonzero()
+        if count is not None:
+            place = place[:1].repeat(_fitting(count, most), 1)
         self.register_buffer('place', place.to(W.device)) # [blocks, 2]: row and column of each block
         self.value = nn.Parameter(W.new_zeros(len(place), size, size))
         self.size, self.shape = size, tuple(W.shape)
@@ -181,12 +187,14 @@ class Blocks(nn.Module):
 
     def forward(self, W):
         s, (out, inp) = self.size, self.shape
-        new = W.reshape(out//s, s, inp//s, s).transpose(1, 2).index_put(self.place.T.unbind(), self.value, True)
+        blocks = W.reshape(out//s, s, inp//s, s).transpose(1, 2)
+        new = blocks.index_put(self.place.T.unbind(), self.value, True)
         return new.transpose(1, 2).reshape(out, inp)
 
     def branch(self, x:Tensor) -> Tensor:
         "Return what the change adds to the layer's output"
-        out = _Products.apply(x.reshape(-1, self.shape[1]), self.value, self.place, self.shape[0]//self.size)
+        flat, rows = x.reshape(-1, self.shape[1]), self.shape[0]//self.size
+        out = _Products.apply(flat, self.value, self.place, rows)
         return out.view(*x.shape[:-1], -1)
 
     def check(self) -> None:

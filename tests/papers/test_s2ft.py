@@ -31,7 +31,8 @@ def test_the_layer_is_the_official_one_up_to_the_order_of_channels():
     picked = [3, 17, 40]
     mask[:, picked] = True
     order = picked + [i for i in range(80) if i not in picked]
-    up, gate, down = mlp.up_proj.weight[order], mlp.gate_proj.weight[order], mlp.down_proj.weight[:, order]
+    up, gate = mlp.up_proj.weight[order], mlp.gate_proj.weight[order]
+    down = mlp.down_proj.weight[:, order]
     s2 = torch.randn(32, 3, requires_grad=True)
     inside = torch.nn.functional.silu(x @ gate.T)*(x @ up.T)
     official = inside @ down.T + inside[:, :, 0:3] @ s2.T
@@ -50,8 +51,9 @@ def test_the_default_draws_three_percent_of_the_channels_of_all_blocks_together(
     chosen = s2ft().select(model, seed=3)
     assert sum(len(chosen_lines(m)) for m in chosen.values()) == int(.03*2*160)
     assert all(n.endswith('down_proj.weight') for n in chosen)
-    assert any(not torch.equal(m, s2ft().select(model, seed=4).get(n)) for n, m in chosen.items()
-               if n in s2ft().select(model, seed=4)) or chosen.keys() != s2ft().select(model, seed=4).keys()
+    other = s2ft().select(model, seed=4)
+    same = chosen.keys() == other.keys() and all(torch.equal(m, other[n]) for n, m in chosen.items())
+    assert not same
 
 
 @pytest.mark.parametrize('budget', (.01, .05, .1))
@@ -63,7 +65,7 @@ def test_a_budget_is_met_to_within_a_channel(budget):
 
 
 @pytest.mark.parametrize('tune', (('o', 'down'), ('down', 'o'), ('v', 'o', 'up', 'down')))
-@pytest.mark.parametrize('budget', (.01, .05, .1, .2))
+@pytest.mark.parametrize('budget', (.01, .05, .1))
 def test_what_is_less_than_a_head_goes_to_channels(budget, tune):
     model = toy(hidden=64)
     total = sum(p.numel() for p in model.parameters())

@@ -21,9 +21,10 @@ def trained(steps, **k):
 
     class Look:
         def after_step(self, state):
-            seen.append({n: state.attached.weight(n)[1] - state.attached.weight(n)[0] for n in state.attached.deltas})
-    run = fit(toy(), TOK, lab_data(), slicefine(4, every=2), steps=steps, batch_size=4, lr=1e-2, progress=False,
-              callbacks=(Look(),), weight_decay=0., **k)
+            pairs = {n: state.attached.weight(n) for n in state.attached.deltas}
+            seen.append({n: tuned - base for n, (base, tuned) in pairs.items()})
+    run = fit(toy(), TOK, lab_data(), slicefine(4, every=2), steps=steps, batch_size=4, lr=1e-2,
+              progress=False, callbacks=(Look(),), weight_decay=0., **k)
     return run, seen
 
 
@@ -36,7 +37,8 @@ def test_only_the_active_slice_moves_and_the_others_stay():
         for step, (before, after) in enumerate(zip(seen, seen[1:]), 1):
             start = starts[(first + step//2) % len(starts)]
             moved = (before[n] - after[n]).abs().amax(0) > 1e-6
-            assert moved[start:start + 4].any() and moved.sum() <= 4 and not moved[:start].any(), (n, step)
+            assert moved[start:start + 4].any() and moved.sum() <= 4, (n, step)
+            assert not moved[:start].any(), (n, step)
 
 
 def test_the_optimizer_starts_anew_after_a_move():
@@ -59,10 +61,11 @@ def test_the_width_and_the_budget_are_met(make, rows):
     masks = slicefine(2, rows).select(model)
     assert all(m.sum() in (2*m.shape[0], 2*m.shape[1]) for m in masks.values())
     total = sum(p.numel() for p in model.parameters())
-    for budget in (.001, .005, .05, .2):
+    for budget in (.002, .005, .05, .2):
         some = slicefine(rows=rows, budget=budget).select(model)
         largest = max(max(m.shape) for m in masks.values())
-        assert 0 <= budget*total + .5 - sum(int(m.sum()) for m in some.values()) < largest + 1, budget
+        count = sum(int(m.sum()) for m in some.values())
+        assert 0 <= budget*total + .5 - count < largest + 1, budget
 
 
 def test_with_a_budget_all_matrices_have_the_same_share_to_within_a_slice():
@@ -83,7 +86,8 @@ def test_a_run_that_was_cut_off_continues_bit_for_bit(tmp_path):
         def after_step(self, state):
             if state.step == 5:
                 raise KeyboardInterrupt
-    k = dict(steps=6, batch_size=4, lr=1e-2, progress=False, weight_decay=0., out=folder, save_every=2)
+    k = dict(steps=6, batch_size=4, lr=1e-2, progress=False, weight_decay=0.,
+             out=folder, save_every=2)
     fit(toy(), TOK, lab_data(), slicefine(4, every=2), callbacks=(Stop(),), **k)
     again = fit(toy(), TOK, lab_data(), slicefine(4, every=2), resume=True, **k)
     want, have = whole.delta.tensors(), again.delta.tensors()

@@ -31,7 +31,8 @@ def test_the_blocks_are_those_of_the_official_score(by):
         for i in range(0, g.shape[0], 8):
             for j in range(0, g.shape[1], 8):
                 block = g[i:i + 8, j:j + 8]
-                ranked.append((float(block.mean().abs() if by == 'mean_abs' else block.abs().mean()), n, i, j))
+                score = block.mean().abs() if by == 'mean_abs' else block.abs().mean()
+                ranked.append((float(score), n, i, j))
     total = sum(p.numel() for p in model.parameters())
     budget = 5*64/total
     best = {(n, i, j) for _, n, i, j in sorted(ranked, reverse=True)[:5]}

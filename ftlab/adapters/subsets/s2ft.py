@@ -42,9 +42,11 @@ class coupled:
         found = {role: _widths(model, a, role) for role in self.tune}
         units = {role: [(n, i) for n, (size, width) in names.items() for i in range(size//width)]
                  for role, names in found.items()}
-        counts, out = self._counts(model, {r: sum(params[n].numel() for n in found[r]) for r in found}, units), {}
+        sizes = {role: sum(params[n].numel() for n in names) for role, names in found.items()}
+        counts, out = self._counts(model, sizes, units), {}
         for role, names in found.items():
-            picked = self._picked(model, batches, role, names, units[role], f'{seed}/{role}')[:counts[role]]
+            order = self._order(model, batches, role, names, units[role], f'{seed}/{role}')
+            picked = order[:counts[role]]
             for n in dict.fromkeys(n for n, _ in picked):
                 size, width = names[n]
                 line = torch.zeros(size, dtype=torch.bool, device=params[n].device)
@@ -68,7 +70,7 @@ class coupled:
             total -= sizes[role]
         return out
 
-    def _picked(self, model, batches, role, names, units, seed):
+    def _order(self, model, batches, role, names, units, seed):
         "Return all units, the first to be chosen first"
         if self.by == 'random':
             return random.Random(seed).sample(units, len(units))
@@ -102,7 +104,7 @@ def _widths(model, a, role) -> dict:
     'abstract and official code (Infini-AI-Lab/S2FT, a58edbb: s2ft/s2.py, experiments/train/finetune.py lines 292 to '
     '353, experiments/train_script); the choice by activation and the budget are our reading',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
-def s2ft(share:float=.03,      # the share of heads and channels that train; the official scripts for LLaMA-3: .03 of `down`
+def s2ft(share:float=.03,      # the share of heads and channels that train; officially .03 of `down` for LLaMA-3
          tune:tuple[str, ...]=('down',), # of 'v', 'o', 'up' and 'down'
          by:str='random',      # 'random', or 'activation': those whose mean activation is smallest
          budget:float|None=None # instead of `share`: a share of the model's parameters

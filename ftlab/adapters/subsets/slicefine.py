@@ -38,7 +38,8 @@ class thin:
             raise ValueError(f'width is {self.width}; it must be at least 1')
 
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask of whole columns or rows}
-        a, params, draw, out = anatomy(model), dict(model.named_parameters()), random.Random(seed), {}
+        a, params = anatomy(model), dict(model.named_parameters())
+        draw, out = random.Random(seed), {}
         names = [n for n in parts(*self.targets)(model) if params[n].ndim == 2]
         if not names:
             raise ValueError(f'{type(model).__name__} has no matrix among {", ".join(self.targets)}')
@@ -51,10 +52,11 @@ class thin:
             out[n] = (line[:, None] if down[n] else line).expand_as(params[n]) # takes no memory
         return out
 
-    def _widths(self, model, sizes, params) -> dict: # {name: columns or rows in its slice}, without those that have none
+    def _widths(self, model, sizes, params) -> dict: # {name: columns or rows in its slice}
         if self.budget is None:
             return {n: min(size, self.width) for n, size in sizes.items()}
-        count, each = allowed(model, self.budget), {n: params[n].numel()//size for n, size in sizes.items()}
+        count = allowed(model, self.budget)
+        each = {n: params[n].numel()//size for n, size in sizes.items()}
         share = count/sum(params[n].numel() for n in sizes)
         if share > 1:
             raise ValueError(f'the budget is more than all of {", ".join(self.targets)}; use a smaller one')

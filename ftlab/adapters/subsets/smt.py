@@ -47,7 +47,8 @@ class strongest_blocks:
         units = [(n, i) for n in names for i in range(scores[n].numel())]
         flat = torch.cat([scores[n].flatten() for n in names]).tolist()
         best = best_units(flat, [side[n]**2 for n, _ in units], count)
-        out = {n: torch.zeros(scores[n].shape, dtype=torch.bool, device=params[n].device) for n in names}
+        out = {n: torch.zeros(scores[n].shape, dtype=torch.bool, device=params[n].device)
+               for n in names}
         for n, i in (units[u] for u in best):
             out[n].view(-1)[i] = True
         return {n: m.repeat_interleave(side[n], 0).repeat_interleave(side[n], 1)
@@ -55,12 +56,13 @@ class strongest_blocks:
 
     def _scores(self, model, batches, names, side, seed) -> dict:
         "Score each block of each weight: [rows of blocks, columns of blocks]"
-        shapes = {n: model.get_parameter(n).shape for n in names}
+        grids = {n: [k//side[n] for k in model.get_parameter(n).shape] for n in names}
         if self.by == 'random':
             draw = torch.Generator().manual_seed(seed)
-            return {n: torch.rand(shapes[n][0]//side[n], shapes[n][1]//side[n], generator=draw) for n in names}
+            return {n: torch.rand(grids[n], generator=draw) for n in names}
         mean = gradients(model, batches, names, 'mean', self.rows)
-        return {n: SCORES[self.by](mean[n].view(shapes[n][0]//side[n], side[n], -1, side[n])).cpu() for n in names}
+        return {n: SCORES[self.by](mean[n].view(grids[n][0], side[n], -1, side[n])).cpu()
+                for n in names}
 
     def __repr__(self):
         return f'strongest_blocks({self.budget}, {self.size}, {self.by})'
@@ -82,5 +84,7 @@ def smt(budget:float=.0084,    # a share of the model's parameters
        ) -> Recipe:
     """Train the square blocks of attention in which the gradient is strongest (sparse matrix tuning)
 
-    Raises `ValueError` for a `budget` outside (0, 1], below one block or above all targets, a `size` below 1 and an unknown `by`."""
-    return Recipe(select=strongest_blocks(budget, size, by, tuple(targets), rows), delta=in_blocks(size))
+    Raises `ValueError` for a `budget` outside (0, 1], below one block or above all targets, a `size` below 1 and an
+    unknown `by`."""
+    select = strongest_blocks(budget, size, by, tuple(targets), rows)
+    return Recipe(select=select, delta=in_blocks(size))
