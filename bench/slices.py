@@ -89,14 +89,17 @@ def run(arm):
     return json.loads(r.stdout.splitlines()[-1])
 
 def main():
-    found = run('time')
-    bytes_ = {a: run(a) for a in (*ARMS, 'smt with selection')}
-    ratios = {k: {a: round(b[k]/bytes_['shira'][k], 2) for a, b in bytes_.items()} for k in bytes_['shira']}
-    save(Path(__file__).parent/'results'/'slices.json',
-         dict(budget=BUDGET, **machine(found['torch']), time_threads=1,
-              targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'),
-              **{k: v for k, v in found.items() if k != 'torch'},
-              peak_bytes=bytes_, peak_ratio=ratios))
+    "Measure; what was measured is saved at once, so that a run that was cut off is not lost"
+    path, found = Path(__file__).parent/'results'/'slices.json', run('time')
+    result = dict(budget=BUDGET, **machine(found.pop('torch')), time_threads=1,
+                  targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'), **found)
+    save(path, result)
+    bytes_ = {}
+    for arm in (*ARMS, 'smt with selection'):
+        bytes_[arm] = run(arm)
+        ratios = {k: {a: round(b[k]/bytes_['shira'][k], 2) for a, b in bytes_.items()}
+                  for k in bytes_[arm]}
+        save(path, result | dict(peak_bytes=bytes_, peak_ratio=ratios))
 
 if __name__ == '__main__':
     child(sys.argv[1]) if sys.argv[1:] else main()
