@@ -39,7 +39,7 @@ def identity(model:nn.Module) -> dict[str, str]:
     return {n: fingerprint(p) for n, p in model.named_parameters()}
 
 # %% ../../nbs/adapters/store.ipynb #4d073817
-LIBRARY = ('delta', 'lowrank', 'sparse') # the library's modules that define deltas
+LIBRARY = ('delta', 'slices', 'lowrank', 'sparse') # the library's modules that define deltas
 OLD_KINDS = {                            # the names in files of version 0.1
     'ftlab.adapters.delta:Entries': 'entries', 'ftlab.adapters.sparse:Places': 'entries',
     'ftlab.adapters.delta:Offset': 'offset', 'ftlab.adapters.lowrank:LoRA': 'lowrank',
