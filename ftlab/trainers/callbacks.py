@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 import torch
-from ..adapters.delta import Entries
 from ..core.model import evaluating, model_inputs, to_device
 from ..core.text import shortened
 from .checkpoint import change_tensors
@@ -148,7 +147,7 @@ class KeepBest:
         if not self.tensors: # or another callback failed before this one began
             return
         for n, d in state.attached.deltas.items():
-            if isinstance(d, Entries): # entries that were chosen anew have other indices
+            if hasattr(d, 'hold'): # entries or slices that were chosen anew have other indices
                 d.hold(*(self.tensors[f'param|{n}::{k}'] for k in ('index', 'left_index', 'left_value')))
         for n, t in _trained(state).items():
             t.copy_(self.tensors[n])
