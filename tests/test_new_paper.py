@@ -31,7 +31,7 @@ def begun(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """A copy of the project in which a method, a probe and a study were begun,
     the last one in a family that is new"""
     copy = copy_project(tmp_path_factory.mktemp('begun')/'copy')
-    keys = dict(method=of_kind("method", "trainers"), probe=of_kind("probe", "evaluators"),
+    keys = dict(method=of_kind('method', 'trainers'), probe=of_kind("probe", "evaluators"),
                 study=of_kind("study", "course"))
     for key in (keys['probe'], keys['study']):
         python('-c', f'import sys; sys.path.insert(0, "tools"); import paper; paper.begin(paper.ROOT, {key!r})',

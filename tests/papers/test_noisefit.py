@@ -165,13 +165,17 @@ def test_what_cannot_run_says_why(recipe, more, said):
         fit(toy(), TOK, lab_data(), recipe, steps=1, batch_size=8, progress=False, **more)
 
 
-@pytest.mark.parametrize('recipe', [noisefit(1, std=1.), methods.lora()*noisefit(1, std=1.)], ids=lambda r: r.name)
+RESUMED = [noisefit(1, std=1.), methods.lora()*noisefit(1, std=1.)]
+
+
+@pytest.mark.parametrize('recipe', RESUMED, ids=lambda r: r.name)
 def test_a_run_that_was_stopped_goes_on_with_the_same_noise_and_the_same_layers(recipe, tmp_path):
     assert_resumes(lambda **more: fit(toy(), TOK, lab_data(), recipe, steps=3, batch_size=8, seed=0,
                                       progress=False, **more), tmp_path/'run')
 
 
 def test_a_list_of_experts_is_no_list_of_blocks():
-    for family, more in (('mixtral', dict(num_local_experts=2)), ('llama', dict(num_hidden_layers=1))):
+    small = dict(mixtral=dict(num_local_experts=2), llama=dict(num_hidden_layers=1))
+    for family, more in small.items():
         model = tiny(family, **more)
         assert type(blocks_of(model)[0]).__name__.endswith('DecoderLayer')

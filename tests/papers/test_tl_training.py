@@ -180,7 +180,8 @@ def heavy_of(before, call, **more) -> list[int]:
     "The characters of the call that get more than the mean weight"
     batch = dict(input_ids=torch.tensor([spelled(before + call)]),
                  labels=torch.tensor([[IGNORE]*len(before) + spelled(call)]))
-    w = mark_calls(errors='', **more)(batch, State(None, Letters()))['token_weights'][0, len(before):]
+    marked = mark_calls(errors='', **more)(batch, State(None, Letters()))
+    w = marked['token_weights'][0, len(before):]
     return [i for i, x in enumerate(w) if x > 1]
 
 
@@ -206,11 +207,13 @@ def test_the_mean_is_over_what_is_left_also_in_parts():
     failed = [dict(role='assistant', content='call open map ( Guville , today )'),
               dict(role='tool', content='i do not know')]
     right = dict(role='assistant', content='call open key ( Guville , today )')
-    talks = [dict(messages=[dict(role='user', content=prompt), *failed*n, right]) for n in (0, 1, 2)*8]
+    asked = dict(role='user', content=prompt)
+    talks = [dict(messages=[asked, *failed*n, right]) for n in (0, 1, 2)*8]
     runs = []
     for k in (1, 4):
         recipe = tl_training(tools=tools, call=call, errors='do not know')
-        runs.append(fit(toy(), TOK, data(talks, seed=0), recipe, steps=2, batch_size=4, accumulate=k,
-                        progress=False, lr=1e-3, seed=0))
-    assert [x['loss'] for x in runs[0].log] == pytest.approx([x['loss'] for x in runs[1].log], rel=1e-4)
+        runs.append(fit(toy(), TOK, data(talks, seed=0), recipe, steps=2, batch_size=4,
+                        accumulate=k, progress=False, lr=1e-3, seed=0))
+    whole, parts = ([x['loss'] for x in r.log] for r in runs)
+    assert whole == pytest.approx(parts, rel=1e-4)
     assert runs[0].log[0]['loss'] > 1

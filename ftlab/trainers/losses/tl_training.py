@@ -61,7 +61,8 @@ class mark_calls:
             try:
                 groups = re.compile(pattern).groups
             except re.error as e:
-                raise ValueError(f'{name} is {pattern!r}, which is no regular expression: {e}') from None
+                raise ValueError(f'{name} is {pattern!r}, '
+                                 f'which is no regular expression: {e}') from None
             if name != 'errors' and groups != 1:
                 raise ValueError(f'{name} is {pattern!r}; it must have exactly one group, the name of the tool')
         if self.w_max < 1:
@@ -91,7 +92,8 @@ class mark_calls:
         found = list(re.finditer(self.call, decode(call)))
         # an argument can look like a call: {"name": "search", "arguments": {"name": "Ann"}}
         calls = [m for m in found if m[1] in names] or found[:1]
-        at = {token_at(m.start(1) + c, call, decode) for m in calls for c in departures(m[1], names)}
+        starts = [m.start(1) + c for m in calls for c in departures(m[1], names)]
+        at = {token_at(c, call, decode) for c in starts}
         return at - {len(call)}
 
 def _runs(on:list[bool]) -> list[tuple[int, int]]:
