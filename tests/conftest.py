@@ -50,8 +50,8 @@ def used() -> float:
     return sum(os.times()[:4])
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
+def counted(item):
+    "Note the CPU-seconds of a phase of a test, beside those of its other phases"
     start = used()
     try:
         return (yield)
@@ -59,19 +59,44 @@ def pytest_runtest_call(item):
         item.user_properties.append(('cpu', used() - start))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from counted(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from counted(item))
+
+
+def costs(terminalreporter) -> dict[str, tuple[str | None, float]]:
+    "Return {test: (its paper, CPU-seconds of its fixtures and itself)}"
+    found = {}
+    for report in (r for rs in terminalreporter.stats.values() for r in rs):
+        if getattr(report, 'when', '') == 'call':
+            said = report.user_properties  # a call's hold its setup's too
+            cpu = sum(v for k, v in said if k == 'cpu')
+            found[report.nodeid] = dict(said).get('paper'), cpu
+    return found
+
+
 def pytest_terminal_summary(terminalreporter):
-    """The contracts that cost most, in CPU-seconds, which a busy machine does not change;
-    --durations prints the slowest tests"""
-    cost = {}
-    for report in (r for rs in terminalreporter.stats.values()
-                   for r in rs if getattr(r, 'when', '') == 'call'):
-        said = dict(report.user_properties)
-        if said.get('paper') and 'test_contract.py' in report.nodeid:
-            cost[said['paper']] = cost.get(said['paper'], 0) + said.get('cpu', 0)
-    if not cost:
+    """What costs most, in CPU-seconds, which a busy machine does not change:
+    the tests (with the fixtures that they were the first to ask for) and the contracts"""
+    cost = costs(terminalreporter)
+    if (whole := sum(cpu for _, cpu in cost.values())) > 60:
+        terminalreporter.section('most expensive tests, CPU-seconds')
+        for name, (_, cpu) in sorted(cost.items(), key=lambda o: -o[1][1])[:30]:
+            terminalreporter.write_line(f'{cpu:6.1f}  {name}')
+        terminalreporter.write_line(f'{whole:6.0f}  {len(cost)} tests')
+    papers = {}
+    for name, (paper, cpu) in cost.items():
+        if paper and 'test_contract.py' in name:
+            papers[paper] = papers.get(paper, 0) + cpu
+    if not papers:
         return
     terminalreporter.section('most expensive contracts, CPU-seconds')
-    for key, cpu in sorted(cost.items(), key=lambda o: -o[1])[:10]:
+    for key, cpu in sorted(papers.items(), key=lambda o: -o[1])[:10]:
         terminalreporter.write_line(f'{cpu:6.1f}  {key}')
-    terminalreporter.write_line(f'{sum(cost.values()):6.1f}  {len(cost)} papers, '
-                                f'{sum(c > MOST for c in cost.values())} above {MOST}')
+    terminalreporter.write_line(f'{sum(papers.values()):6.1f}  {len(papers)} papers, '
+                                f'{sum(c > MOST for c in papers.values())} above {MOST}')
