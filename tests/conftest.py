@@ -1,4 +1,5 @@
 "Which tests run, in which process, and what these processes share"
+import gc
 import os
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.xdist_group(f'{file}-{key}' if key and file == 'test_contract.py' else file))
     if left:
         config.hook.pytest_deselected(items=left)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector, which runs before every trial of a comparison,
+    need not look through it each time (half a second)"""
+    gc.collect()
+    gc.freeze()
 
 
 def used() -> float:
