@@ -61,7 +61,7 @@ def lr_matters(seed:int=0,         # of the rows and of the random starts
                model:str='lab-s',  # as in `ftlab.load`
                task:str='new-procedure', # as in `ftlab.data`
                rows:int=8,         # training rows in the loss
-               iterations:int=8    # as in `largest_eigenvalue`
+               iterations:int=6    # as in `largest_eigenvalue`
               ) -> Evidence:       # 'method.eigenvalue'
     """Measure how sharply the loss bends where each method starts. Raises `ValueError` for an unknown
     method."""
