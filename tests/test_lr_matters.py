@@ -1,0 +1,50 @@
+"""The largest eigenvalue of the Hessian at the start of LoRA and its kin, held against the whole Hessian;
+and what the claim's script does not say"""
+import pytest
+import torch
+from tiny import example_inputs, tiny
+from torch.func import functional_call, hessian
+from torch.nn.attention import SDPBackend, sdpa_kernel
+import ftlab.instruments.claims as C
+from ftlab.adapters.attach import attach
+from ftlab.adapters.modules.lr_matters import METHODS, largest_eigenvalue, lr_matters
+
+
+@pytest.mark.parametrize('name', ('lora', 'pissa'))
+def test_the_eigenvalue_is_that_of_the_whole_hessian(name):
+    model, x = tiny('llama'), example_inputs()
+    recipe = METHODS[name](r=1, alpha=1., targets='layers.0.self_attn.[qk]_proj')
+    torch.manual_seed(0)
+    change = attach(model, recipe.select(model), recipe.delta)
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    sizes = [p.numel() for p in params.values()]
+    assert sum(sizes) == sum(p.numel() for p in change.parameters().values())
+
+    def loss(flat):
+        at = {n: v.view_as(p) for (n, p), v in zip(params.items(), flat.split(sizes))}
+        return functional_call(model, at, kwargs=x).logits.logsumexp(-1).square().mean()
+
+    flat = torch.cat([p.detach().reshape(-1) for p in params.values()])
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = float(torch.linalg.eigvalsh(hessian(loss)(flat))[-1])
+        at = flat.requires_grad_()
+        found = [largest_eigenvalue(loss(at), [at], k) for k in (3, 30)]
+    assert found[0] <= found[1]*1.001 and found[1] == pytest.approx(exact, rel=1e-2) and exact > 0
+
+
+def test_a_direction_without_a_bend_ends_the_search():
+    x = torch.ones(4, requires_grad=True)
+    assert largest_eigenvalue((x*x).sum()/2, [x], 9) == pytest.approx(1.)
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(ValueError, match="'vera' is none of the methods; they are lora, dora"):
+        lr_matters(methods=('lora', 'vera'))
+
+
+def test_the_script_of_the_claim_trains_what_the_arms_say():
+    claim = C.named_claim('lr_matters')
+    script, recipes = C.script_of(claim), C.recipes_of(claim)
+    for name in METHODS:
+        assert script.made(name).delta == recipes[name].delta
+    assert script.identities() == dict.fromkeys(script.identities(), True)
