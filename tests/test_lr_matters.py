@@ -1,5 +1,6 @@
 """The largest eigenvalue of the Hessian at the start of LoRA and its kin, held against the whole Hessian;
 and what the claim's script does not say"""
+from types import SimpleNamespace
 import pytest
 import torch
 from tiny import example_inputs, tiny
@@ -42,9 +43,25 @@ def test_an_unknown_method_is_named():
         lr_matters(methods=('lora', 'vera'))
 
 
-def test_the_script_of_the_claim_trains_what_the_arms_say():
+def test_the_script_of_the_claim_trains_what_the_arms_say(monkeypatch):
     claim = C.named_claim('lr_matters')
-    script, recipes = C.script_of(claim), C.recipes_of(claim)
-    for name in METHODS:
-        assert script.made(name).delta == recipes[name].delta
+    script, arms = C.script_of(claim), claim.spec['arms']
     assert script.identities() == dict.fromkeys(script.identities(), True)
+    tuned = {n for n, a in arms.items() if 'grid' in a}
+    assert tuned - {'lora_fewer'} == set(METHODS) and set(arms) - tuned == {'before'}
+
+    seen = []
+
+    def no_fit(model, tok, data, recipe, **how):
+        seen.append((recipe.delta, len(data.train), how['steps'], how['lr'], how['seed']))
+        return SimpleNamespace(model=model)
+
+    monkeypatch.setattr(script.ftlab, 'fit', no_fit)
+    monkeypatch.setattr(script, 'ITEMS', 4)
+    found = [script.run(n, .01 if n in tuned else None, 10_000, 'validation', 3) for n in arms]
+    delta = lambda n: METHODS[n.removesuffix('_fewer')](r=8, alpha=8.).delta
+    assert seen == [(delta(n), 50 if n == 'lora_fewer' else 200, 3, .01, 10_000)
+                    for n in arms if n in tuned]
+    assert delta('lora') != delta('pissa') != delta('olora')
+    assert all(0 <= f['score'] <= 1 and len(f['items']['score']) == 4 for f in found)
+    assert len({f['score'] for f in found}) == 1 # all are the base, as nothing was trained
