@@ -36,7 +36,8 @@ def identities() -> dict[str, bool]:
 def counted(name) -> tuple[int, bool]:
     "How many parameters a method trains, and whether the model still answers as its base"
     model, tok = ftlab.load(MODEL, revision=REVISION)
-    x = tok(['write two colors , not red and not blue .'], return_tensors='pt').input_ids
+    question, = WORLD.rows(SKILL, 1, 'validation', 10_000)
+    x = tok([question['prompt']], return_tensors='pt').input_ids
     recipe = made(name)
     with torch.no_grad():
         base = model(x).logits.clone()
