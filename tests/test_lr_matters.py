@@ -33,6 +33,12 @@ def test_the_eigenvalue_is_that_of_the_whole_hessian(name):
     assert found[0] <= found[1]*1.001 and found[1] == pytest.approx(exact, rel=1e-2) and exact > 0
 
 
+def test_the_study_takes_enough_iterations_for_its_estimate_to_settle():
+    found = [lr_matters(methods=('lora',), **more).values['lora.eigenvalue']
+             for more in ({}, dict(iterations=20))]
+    assert found[0] == pytest.approx(found[1], rel=.02)
+
+
 def test_a_direction_without_a_bend_ends_the_search():
     x = torch.ones(4, requires_grad=True)
     assert largest_eigenvalue((x*x).sum()/2, [x], 9) == pytest.approx(1.)
