@@ -67,7 +67,7 @@ def test_the_script_of_the_claim_trains_what_the_arms_say(monkeypatch):
     some = 'before', 'lora_fewer', 'pissa'
     found = [script.run(n, .01 if n in tuned else None, 10_000, 'validation', 3) for n in some]
     delta = lambda n: METHODS[n.removesuffix('_fewer')](r=8, alpha=8.).delta
-    assert seen == [(delta(n), 12 if n == 'lora_fewer' else 200, 3, .01, 10_000)
+    assert seen == [(delta(n), 20 if n == 'lora_fewer' else 200, 3, .01, 10_000)
                     for n in some[1:]]
     assert delta('lora') != delta('pissa') != delta('olora')
     assert all(0 <= f['score'] <= 1 and len(f['items']['score']) == 4 for f in found)

@@ -8,7 +8,7 @@ from ftlab.adapters.modules.lr_matters import METHODS
 from ftlab.core.scorers import WORLD, answer_scores
 
 MODEL, REVISION, SKILL, BATCH, RANK = 'lab-s', 'step-1000', 'write', 32, 8
-FEW, FEWER, ITEMS = 200, 12, 600
+FEW, FEWER, ITEMS = 200, 20, 600
 
 def run(arm, rate, seed, split, steps):
     "The share of the words asked for that are right, after tuning; without a rate, before it"
