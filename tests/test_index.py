@@ -140,7 +140,7 @@ def test_the_catalogue_has_every_paper_once():
     listed = [r for r in rows if r.get('catalogue', True)]
     assert (len(listed) == 300
             and len({r['key'] for r in rows}) == len(rows) == len({r['title'] for r in rows}))
-    assert {r['key'] for r in rows} - {r['key'] for r in listed} == {'lora', 'dpo', 'grpo'}
+    assert {r['key'] for r in rows} - {r['key'] for r in listed} == {'lora', 'dpo', 'grpo', 'lr_matters'}
     assert all(set(r) - {'catalogue'} == {'key', 'family', 'title', 'arxiv', 'kind', 'home'}
                for r in rows)
     assert all(r[k] for r in rows for k in ('key', 'family', 'title', 'kind', 'home'))
