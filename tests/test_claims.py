@@ -349,12 +349,13 @@ def claim_at(tmp_path, text=SCRIPTED, script=SCRIPT):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    "A workplace of its own, two old skills instead of all, and claims with a handful of questions and 200 rows"
+    "A workplace of its own, two old skills instead of all, claims of a handful of questions and 200 rows"
     monkeypatch.setattr('ftlab.instruments.verdicts.ITEMS',
                         dict(least=1, small_margin=.02, for_small=1))
     monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs'))
     monkeypatch.setattr('ftlab.evaluators.old_sets.old_skills', lambda data, tok=None: ['add', 'reverse'])
-    monkeypatch.setattr('ftlab.instruments.bench.as_data', lambda source, **how: as_data(source, **dict(n=200) | how))
+    few = lambda source, **how: as_data(source, **dict(n=200) | how)
+    monkeypatch.setattr('ftlab.instruments.bench.as_data', few)
     return tmp_path
 
 CONTROL = '[[control]]\nname = "k"\narm = "{arm}"\nmetric = "m"\nat_least = 0.2\n[review]'
