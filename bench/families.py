@@ -41,6 +41,7 @@ from ftlab.core.scorers import answer_scores
 from ftlab.core.tokens import encode_all
 from ftlab.evaluators.calibration import calibration, confidence
 from ftlab.instruments.bench import Bench
+from ftlab.instruments.families import FAMILIES
 from ftlab.instruments.frontier import AT_LEAST, SHARE, best_gain
 from ftlab.instruments.real import data_folder
 from ftlab.instruments.runs import run_key
@@ -400,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('family', choices=('subsets', 'losses'))
+    parser.add_argument('family', choices=FAMILIES)
     parser.add_argument('parts', nargs='*', metavar='PART', help='which parts; none: all')
     words = dict(type=lambda s: s.split(','), default=[])
     parser.add_argument('--only', **words, help='names of methods, with commas; none: the whole family')
@@ -413,6 +414,8 @@ def arguments(argv=None):
     there = {s.part for s in settings(a.family)}
     if odd := set(a.parts) - there:
         sys.exit(f'no part of {a.family} is called {sorted(odd)[0]!r}; there are {", ".join(sorted(there))}')
+    if a.runs is not None and a.runs < 2 + 2*a.seeds:
+        sys.exit(f'--runs is {a.runs}; two rates and {a.seeds} seeds take at least {2 + 2*a.seeds}')
     return a
 
 

@@ -13,8 +13,8 @@ import pandas as pd
 from ..core.table import markdown_table
 
 # %% auto #0
-__all__ = ['CONCERNS', 'Concern', 'values_of', 'answer', 'answer_words', 'entries_of', 'seeds_of', 'points', 'setting_rows',
-           'setting_table', 'read_family', 'no_result', 'family_words', 'family_shown']
+__all__ = ['CONCERNS', 'FAMILIES', 'Concern', 'values_of', 'answer', 'answer_words', 'entries_of', 'seeds_of', 'points',
+           'setting_rows', 'setting_table', 'read_family', 'no_result', 'family_words', 'family_shown']
 
 # %% ../../nbs/instruments/families.ipynb #fam00006
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def entries_of(result:Mapping) -> dict[str, Mapping]:
     rows = result.get('methods')
     if not isinstance(rows, Mapping) or not all('gain' in m for m in rows.values()):
         return {}
-    return {f'{result["task"]}: {result["kind"].replace("_", " ")}': dict(methods=rows)}
+    return {result['task']: dict(methods=rows)}
 
 def seeds_of(methods:Mapping[str, Mapping]) -> int:
     "Return how many test seeds stand behind a setting"
@@ -119,6 +119,8 @@ def setting_table(entry:Mapping) -> pd.DataFrame:
     return pd.DataFrame(setting_rows(entry)).set_index('method')
 
 # %% ../../nbs/instruments/families.ipynb #fam00018
+FAMILIES = ('subsets', 'losses') # that bench/families.py compares
+
 def read_family(file:str|Path) -> dict|None:
     "Return a result file; `None` if it is missing"
     file = Path(file)
