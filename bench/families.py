@@ -58,7 +58,8 @@ LAB = dict(steps=100, batch_size=32, evaluations=4, items=200, old_items=24,
            validation_items=100, old_validation_items=8)
 # three rates, without a second tuning seed
 MINILM_RUNS = 7
-MINILM = dict(steps=100, batch_size=32, evaluations=2, items=1000, validation_items=300, max_length=64)
+MINILM = dict(steps=100, batch_size=32, evaluations=2, items=1000, validation_items=300,
+              max_length=64)
 TUNING = 10_000
 PROBE = 6             # steps by which a method's cost is measured
 # arguments where the default means nothing to runs of 100 steps: its slices would never move
@@ -86,7 +87,8 @@ def with_noise() -> Data:
     def spoiled(row):
         if rng.random() >= NOISE:
             return row
-        return dict(row, response=rng.choice([a for a in rng.sample(said, 8) if a != row['response']]))
+        others = [a for a in rng.sample(said, 8) if a != row['response']]
+        return dict(row, response=others[0])
 
     return replace(d, train=[spoiled(r) for r in d.train], name=f'{SKILLS[0]}, {NOISE:.0%} of the answers wrong')
 
@@ -112,8 +114,10 @@ def settings(family: str) -> list[Setting]:
     if family == 'losses':
         return [Setting(name, name, make)
                 for name, make in (('clean', clean), ('noisy', with_noise), ('mixed', unequal))]
-    skill = [Setting('skills', f'{s}, {100*BUDGET:g}%', lambda s=s: s, budget=BUDGET) for s in SKILLS]
-    share = [Setting('budgets', f'{SKILLS[0]}, {100*b:g}%', lambda: SKILLS[0], budget=b) for b in BUDGETS]
+    skill = [Setting('skills', f'{s}, {100*BUDGET:g}%', lambda s=s: s, budget=BUDGET)
+             for s in SKILLS]
+    share = [Setting('budgets', f'{SKILLS[0]}, {100*b:g}%', lambda: SKILLS[0], budget=b)
+             for b in BUDGETS]
     real = Setting('minilm', f'BANKING77, {100*BUDGET:g}%', lambda: banking(data_folder()/'banking77'),
                    MINILM, BUDGET, lambda: str(minilm_folder()), MINILM_RUNS)
     return [*skill, *share, real]
@@ -269,7 +273,8 @@ def result_of(recipes: dict, costs: dict, setting: Setting, folder: Path, seeds:
         rows[m['name']] |= dict(rate_matched=m['rate_matched'],
                                 forgetting_matched=[s['forgetting_matched'] for s in m['seeds']])
     how = found['protocol']
-    return dict(part=setting.part, data=found['data'], model=Path(setting.model()).name, budget=setting.budget,
+    return dict(part=setting.part, data=found['data'], model=Path(setting.model()).name,
+                budget=setting.budget,
                 settings=dict(setting.how, runs=setting.runs, search=how['search']),
                 seeds=how['seeds'], redrawn=how['redrawn'], forgetting=how['forgetting'],
                 metric=how['metric'], parameters=how['parameters'],
@@ -289,7 +294,9 @@ def calibrated(model, tok, rows: list[dict]) -> dict:
     sure, right = (torch.cat(x) for x in zip(*seen))
     found = {k: v for k, v in calibration(sure, right).items() if k != 'bins'}
     scores = answer_scores(model, tok, rows)
-    by = {s: [x for x, r in zip(scores, rows) if r['skill'] == s] for s in {r['skill'] for r in rows}}
+    by = {}
+    for x, r in zip(scores, rows):
+        by.setdefault(r['skill'], []).append(x)
     return found | dict(answers={s: statistics.fmean(x) for s, x in sorted(by.items())})
 
 
@@ -360,7 +367,8 @@ def write(file: Path, family: str, name: str, result: dict) -> None:
     found = dict(family=family, settings={}) | kept(file)
     found['settings'][name] = result
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda p: p.write_text(json.dumps(found, indent=1, ensure_ascii=False) + '\n'))
+    text = json.dumps(found, indent=1, ensure_ascii=False) + '\n'
+    write_atomically(file, lambda p: p.write_text(text, encoding='utf-8'))
 
 
 def one(family: str, setting: Setting, a, file: Path, before: Callable = lambda bench, arms: None) -> None:
@@ -385,8 +393,9 @@ def main(argv: list[str] | None = None) -> None:
     a = arguments(argv)
     file = Path(a.to or Path(__file__).parent/'results')/f'family_{a.family}.json'
     parts = {}
+    named = lambda s: not a.settings or any(x in s.name for x in a.settings)
     for s in settings(a.family):
-        if (not a.parts or s.part in a.parts) and (not a.settings or any(x in s.name for x in a.settings)):
+        if named(s) and (not a.parts or s.part in a.parts):
             how = dict(s.how, steps=a.steps or s.how['steps'])
             parts.setdefault(s.part, []).append(replace(s, runs=a.runs or s.runs, how=how))
     for part, some in parts.items():
