@@ -47,10 +47,15 @@ from ftlab.instruments.real import data_folder
 from ftlab.instruments.runs import run_key
 from ftlab.papers import catalogue
 
-SKILLS = ('new-procedure', 'new-facts', 'new-format')
+# A rule to carry out, a language to translate into, a form of answer, with steps in which full fine-tuning learns each
+# (bench/results/lab_v1_teach_lab-s.json; tuning seeds). New facts take 350 steps, changed-rule and longer-arithmetic
+# are learned at once.
+SKILLS = {'new-procedure': 100, 'new-language': 200, 'new-format': 60}
+PROCEDURE, FORMAT = 'new-procedure', 'new-format'
 BUDGET, BUDGETS = .01, (.005, .05)
 NOISE = .3            # the share of answers that are another row's
 UNEQUAL = (.9, .1)    # of the training rows, by skill
+ROWS = 3200           # of the losses: 100 steps of 32, each row once
 SEEDS = 2
 # four rates, the best extended once at an edge and run on a second tuning seed; two points on each test seed
 LAB_RUNS = 11
@@ -76,12 +81,13 @@ class Setting:
     how: Mapping = field(default_factory=lambda: LAB)
     budget: float | None = None          # a share of the model's parameters
     model: Callable = lambda: 'lab-s'
+    called: str = 'lab-s'                # the model, in the result file
     runs: int = LAB_RUNS                 # of each method, at most
 
 
-def with_noise() -> Data:
-    "The first skill, with `NOISE` of the training answers exchanged for another row's"
-    d, rng = ftlab.data(SKILLS[0]), random.Random('noise')
+def with_noise(n: int = ROWS) -> Data:
+    "The procedure, with `NOISE` of the training answers exchanged for another row's"
+    d, rng = ftlab.data(PROCEDURE, n=n), random.Random('noise')
     said = [r['response'] for r in d.train]
 
     def spoiled(row):
@@ -90,23 +96,22 @@ def with_noise() -> Data:
         others = [a for a in rng.sample(said, 8) if a != row['response']]
         return dict(row, response=others[0])
 
-    return replace(d, train=[spoiled(r) for r in d.train], name=f'{SKILLS[0]}, {NOISE:.0%} of the answers wrong')
+    return replace(d, train=[spoiled(r) for r in d.train], name=f'{PROCEDURE}, {NOISE:.0%} of the answers wrong')
 
 
-def clean() -> Data:
+def clean(n: int = ROWS) -> Data:
     "The same rows with their own answers; under another name, so that no seed draws other rows"
-    return replace(ftlab.data(SKILLS[0]), name=f'{SKILLS[0]}, clean')
+    return replace(ftlab.data(PROCEDURE, n=n), name=f'{PROCEDURE}, clean')
 
 
-def unequal() -> Data:
+def unequal(n: int = ROWS) -> Data:
     "Two skills, many rows of one and few of the other; half of the questions are about each"
-    a, b = (ftlab.data(s) for s in (SKILLS[0], SKILLS[2]))
-    n = len(a.train)
+    a, b = ftlab.data(PROCEDURE, n=n), ftlab.data(FORMAT, n=n)
     rows = a.train[:round(UNEQUAL[0]*n)] + b.train[:round(UNEQUAL[1]*n)]
     random.Random('unequal').shuffle(rows)
     both = {s: [r for pair in zip(getattr(a, s), getattr(b, s)) for r in pair]
             for s in ('validation', 'test')}
-    return Data(rows, **both, kind='text', name=f'{SKILLS[0]} and a tenth of {SKILLS[2]}')
+    return Data(rows, **both, kind='text', name=f'{UNEQUAL[0]:.0%} {PROCEDURE}, {UNEQUAL[1]:.0%} {FORMAT}')
 
 
 def settings(family: str) -> list[Setting]:
@@ -114,12 +119,12 @@ def settings(family: str) -> list[Setting]:
     if family == 'losses':
         return [Setting(name, name, make)
                 for name, make in (('clean', clean), ('noisy', with_noise), ('mixed', unequal))]
-    skill = [Setting('skills', f'{s}, {100*BUDGET:g}%', lambda s=s: s, budget=BUDGET)
-             for s in SKILLS]
-    share = [Setting('budgets', f'{SKILLS[0]}, {100*b:g}%', lambda: SKILLS[0], budget=b)
+    skill = [Setting('skills', f'{s}, {100*BUDGET:g}%', lambda s=s: s, dict(LAB, steps=n), BUDGET)
+             for s, n in SKILLS.items()]
+    share = [Setting('budgets', f'{PROCEDURE}, {100*b:g}%', lambda: PROCEDURE, budget=b)
              for b in BUDGETS]
     real = Setting('minilm', f'BANKING77, {100*BUDGET:g}%', lambda: banking(data_folder()/'banking77'),
-                   MINILM, BUDGET, lambda: str(minilm_folder()), MINILM_RUNS)
+                   MINILM, BUDGET, lambda: str(minilm_folder()), 'MiniLM', MINILM_RUNS)
     return [*skill, *share, real]
 
 
@@ -273,7 +278,7 @@ def result_of(recipes: dict, costs: dict, setting: Setting, folder: Path, seeds:
         rows[m['name']] |= dict(rate_matched=m['rate_matched'],
                                 forgetting_matched=[s['forgetting_matched'] for s in m['seeds']])
     how = found['protocol']
-    return dict(part=setting.part, data=found['data'], model=Path(setting.model()).name,
+    return dict(part=setting.part, data=found['data'], model=setting.called,
                 budget=setting.budget,
                 settings=dict(setting.how, runs=setting.runs, search=how['search']),
                 seeds=how['seeds'], redrawn=how['redrawn'], forgetting=how['forgetting'],
@@ -324,26 +329,30 @@ def calibrate(bench: Bench, recipes: dict, result: dict, folder: Path) -> None:
 # ---------- how long it takes
 
 def run_seconds(bench: Bench, recipe: Recipe, short: int = 8) -> dict[str, float]:
-    "CPU-seconds of a run of each kind, from two timed runs that differ in their steps alone"
+    """CPU-seconds of a step, and of what else a tuning run and a test run take, from two timed runs that
+    differ in their steps alone"""
     bench.before(TUNING, 'validation')
     few, more = (bench.run(recipe, None, TUNING, 'validation', steps=n)['cpu_seconds']
                  for n in (short, 3*short))
     step = max(0., more - few)/(2*short)
     once = max(0., few - short*step)
     test, validation = (sum(bench.sizes[s]) for s in ('test', 'validation'))
-    return dict(tuning=bench.steps*step + once, test=bench.steps*step + once*test/validation)
+    return dict(step=step, tuning=once, test=once*test/validation)
 
 
 def expected(part: list[Setting], arms: int, bench: Bench, seeds: int, calibrates: bool) -> str:
     "The estimate for a part, in words"
     each = run_seconds(bench, methods.get('full'))
-    test = 2*seeds
-    tuning = max(1, part[0].runs - test)
-    extra = test/2 + (seeds if calibrates else 0) # runs again where equal gain is asked of fewer, and for calibration
-    seconds = len(part)*arms*(tuning*each['tuning'] + (test + extra)*each['test'])
-    return (f'{part[0].part}: {len(part)} setting{"s"*(len(part) > 1)} of {arms} methods, at most '
-            f'{len(part)*arms*(tuning + test)} runs of {each["tuning"]:.0f} to {each["test"]:.0f} CPU-seconds: '
-            f'about {seconds/60:.0f} CPU-minutes, without runs that are already there')
+    test = 2*seeds + seeds # a third run on each seed where equal gain is asked of fewer, or for calibration
+    if calibrates:
+        test += seeds
+    tuning = max(1, part[0].runs - 2*seeds)
+    steps = sum(s.how['steps'] for s in part)*(tuning + test)
+    seconds = arms*(steps*each['step'] + len(part)*(tuning*each['tuning'] + test*each['test']))
+    runs = len(part)*arms*(tuning + test)
+    return (f'{part[0].part}: {len(part)} setting{"s"*(len(part) > 1)} of {arms} methods, at most {runs} runs of '
+            f'{seconds/runs:.0f} CPU-seconds on average: about {seconds/60:.0f} CPU-minutes, without runs that are '
+            'already there')
 
 
 # ---------- all of it

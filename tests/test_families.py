@@ -83,14 +83,14 @@ def test_the_rank_is_the_one_nearest_the_budget():
 
 
 def test_noise_and_mixture_change_what_they_say():
-    clean, noisy, mixed = families.clean(), families.with_noise(), families.unequal()
+    clean, noisy, mixed = (f(n=600) for f in (families.clean, families.with_noise, families.unequal))
     assert clean.test == noisy.test and len(clean.train) == len(noisy.train)
     changed = [a['response'] != b['response'] for a, b in zip(clean.train, noisy.train)]
-    assert abs(sum(changed)/len(changed) - families.NOISE) < .05
+    assert abs(sum(changed)/len(changed) - families.NOISE) < .08
     assert [a['prompt'] for a in clean.train] == [b['prompt'] for b in noisy.train]
-    few = sum(r['skill'] == families.SKILLS[2] for r in mixed.train)/len(mixed.train)
+    few = sum(r['skill'] == families.FORMAT for r in mixed.train)/len(mixed.train)
     assert abs(few - families.UNEQUAL[1]) < .01
-    assert [r['skill'] for r in mixed.test[:2]] == [families.SKILLS[0], families.SKILLS[2]]
+    assert [r['skill'] for r in mixed.test[:2]] == [families.PROCEDURE, families.FORMAT]
 
 
 # ---------- one that breaks
@@ -206,9 +206,9 @@ def test_the_page_says_what_the_files_of_this_project_say():
 def test_a_small_comparison_from_the_command_to_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(families, 'PROBE', 2)
-    monkeypatch.setattr(families, 'run_seconds', lambda *a: dict(tuning=30., test=60.))
+    monkeypatch.setattr(families, 'run_seconds', lambda *a: dict(step=1., tuning=30., test=60.))
     monkeypatch.setattr(families, 'settings', lambda family: [
-        families.Setting('clean', 'clean', families.clean, dict(SMALL, steps=2))])
+        families.Setting('clean', 'clean', lambda: families.clean(n=40), dict(SMALL, steps=2))])
     few = ['--only', 'full,dft', '--runs', '4', '--seeds', '1']
     families.main(['losses', *few, '--to', str(tmp_path)])
     e = read_family(tmp_path/'family_losses.json')['settings']['clean']
@@ -218,7 +218,7 @@ def test_a_small_comparison_from_the_command_to_the_file(tmp_path, monkeypatch, 
     assert 0 < e['base']['calibration'][0]['ece'] < 1
     assert e['methods']['dft']['calibration'][0]['n'] > 4
     said = capsys.readouterr().out
-    assert '1 setting of 2 methods, at most 8 runs of 30 to 60 CPU-seconds' in said
+    assert '1 setting of 2 methods, at most 12 runs of 52 CPU-seconds' in said # 2 x 30, 4 x 60
     assert 'clean' in family_words('losses', read_family(tmp_path/'family_losses.json'))
 
 

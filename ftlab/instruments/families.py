@@ -98,8 +98,10 @@ def setting_rows(entry:Mapping # of a result file
                'apart': round(100*(max(m['gain']) - min(m['gain'])), 1),
                'lost': points(m['forgetting']),
                'lost at equal gain': points(m['forgetting_matched']),
-               'trained, %': _of(m, 'share', 100), 'optimizer state, kB': _of(m, 'optimizer_bytes', 1e-3),
-               'saved, kB': _of(m, 'saved_bytes', 1e-3), 'CPU-ms a step': _of(m, 'cpu_seconds_per_step', 1e3)}
+               'trained, %': _of(m, 'share', 100),
+               'optimizer state, kB': _of(m, 'optimizer_bytes', 1e-3),
+               'saved, kB': _of(m, 'saved_bytes', 1e-3),
+               'CPU-ms a step': _of(m, 'cpu_seconds_per_step', 1e3)}
         rows.append(row | _calibration(m))
     rows.sort(key=lambda r: -r['gained'])
     return [{k: v for k, v in r.items() if any(x.get(k) is not None for x in rows)} for r in rows]
@@ -139,7 +141,8 @@ def family_words(family:str, result:Mapping|None) -> str:
 
 def _setting_words(name, entry) -> str:
     rows = setting_rows(entry)
-    cells = [['' if v is None else f'`{v}`' if k == 'method' else v for k, v in r.items()] for r in rows]
+    cell = lambda k, v: '' if v is None else f'`{v}`' if k == 'method' else v
+    cells = [[cell(k, v) for k, v in r.items()] for r in rows]
     n, how = seeds_of(entry['methods']), entry['settings']
     drawn = 'each seed draws rows anew' if entry['redrawn'] else 'the seeds share their rows'
     head = (f'**{name}** ({entry["model"]}, {how["steps"]} steps of {how["batch_size"]} rows, '
