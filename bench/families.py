@@ -208,8 +208,9 @@ def able(bench: Bench, arms: Mapping[str, str], same_rows: bool = False, # every
             if same_rows and any(getattr(t, 'own_source', False) for t in recipe.turns):
                 raise LookupError('draws rows of its own, not those that the others learn from')
             cost, change = probed(bench, recipe, 3e-4 if same_rows else None)
-            plain = plain or change
-            if same_rows and name != 'full' and alike(change, plain):
+            if name == 'full':
+                plain = change
+            elif same_rows and plain and alike(change, plain):
                 raise LookupError('on these rows it is plain fine-tuning: the same change, bit for bit')
             recipes[name], costs[name] = recipe, dict(asked=text, **cost)
         except Exception as e: # one that breaks must not end the others
