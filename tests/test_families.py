@@ -83,7 +83,8 @@ def test_the_rank_is_the_one_nearest_the_budget():
 
 
 def test_noise_and_mixture_change_what_they_say():
-    clean, noisy, mixed = (f(n=600) for f in (families.clean, families.with_noise, families.unequal))
+    makes = (families.clean, families.with_noise, families.unequal)
+    clean, noisy, mixed = (make(n=600) for make in makes)
     assert clean.test == noisy.test and len(clean.train) == len(noisy.train)
     changed = [a['response'] != b['response'] for a, b in zip(clean.train, noisy.train)]
     assert abs(sum(changed)/len(changed) - families.NOISE) < .08
