@@ -108,13 +108,13 @@ def test_a_method_that_breaks_or_differs_in_nothing_is_left_out_and_the_others_g
     monkeypatch.setattr(methods, 'get', lambda t: get('full').named('full') if t == 'full'
                         else broken() if t == 'broken' else get(t))
     monkeypatch.setattr(families, 'PROBE', 2)
-    same = ('full', 'broken', 'tl_training', 'dft', 'spin')
+    same = ('full', 'broken', 'tl_training', 'dft', 'grpo')
     arms = dict(zip(same, same), smt='smt(budget=1e-9)')
     recipes, costs, out = families.able(bench, arms, same_rows=True)
     assert list(recipes) == list(costs) == ['full', 'dft']
-    assert set(out) == {'broken', 'smt', 'tl_training', 'spin'}
+    assert set(out) == {'broken', 'smt', 'tl_training', 'grpo'}
     assert out['broken'] == 'RuntimeError: it fell apart' and out['smt'].startswith('ValueError: ')
-    assert 'plain fine-tuning' in out['tl_training'] and out['spin']
+    assert 'plain fine-tuning' in out['tl_training'] and 'rows of its own' in out['grpo']
     whole = sum(p.numel() for p in toy().parameters())
     assert costs['full']['trainable'] == whole and costs['full']['saved_bytes'] >= 4*whole
     assert 0 <= costs['full']['optimizer_bytes'] - 8*whole <= 400 # two moments, and a count for each tensor
