@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # the checkout that this file lies in, not one installed
 sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]
 
+from ftlab.instruments.families import (CONCERNS, FAMILIES, answer_words, entries_of, read_family,
+                                        seeds_of) # noqa: E402
 from ftlab.instruments.verdicts import contrast, contrast_verdict # noqa: E402
 from ftlab.map import CHAPTERS, chapter_named # noqa: E402
 from ftlab.papers import (PARTS, index, nouns, papers_html, scoreboard, scoreboard_html,
@@ -269,6 +271,28 @@ def uses(nb: dict, page: str) -> list[tuple[str, str]]:
     return out
 
 
+def measured(p: Project) -> str:
+    "What was best in each comparison, by what a reader cares about; and the families without a result"
+    folder, rows, none = p.root/'bench'/'results', [], []
+    for name in FAMILIES:
+        found = read_family(folder/f'family_{name}.json')
+        page = next(f'{part}/{name}/index.ipynb' for part in PARTS if name in p.families(part))
+        rows += _answers(f'[{name}]({page})', found or {})
+        if not found:
+            none.append(f'No result yet for [{name}]({page}): `python bench/families.py {name}` makes it.')
+    for page in sorted((p.root/'nbs').glob('*/yardsticks/*.ipynb')):
+        link = f'[{page.stem.replace("_", " ")}]({page.relative_to(p.root/"nbs").as_posix()})'
+        rows += _answers(link, read_family(folder/f'yardsticks_{page.stem}.json') or {})
+    heads = ('compared', 'on', 'seeds', *(c.name for c in CONCERNS))
+    return '\n\n'.join([*none, *[_table(*heads, rows=rows)]*bool(rows)])
+
+
+def _answers(link: str, result: dict) -> list[tuple]:
+    "A row for each setting of a result file"
+    return [(link, name, seeds_of(e['methods']), *(answer_words(e['methods'], c) for c in CONCERNS))
+            for name, e in entries_of(result).items()]
+
+
 def families(p: Project) -> str:
     "A row a family: what it is about, and its papers with their verdicts"
     rows = []
@@ -453,7 +477,7 @@ def made(root: Path) -> dict[str, str]:
     for part in PARTS:
         for name in p.families(part):
             p.fill(f'{part}/{name}/index.ipynb', dict(papers=family(p, part, name)))
-    p.fill('methods.ipynb', dict(which=which(p), methods=methods(p)))
+    p.fill('methods.ipynb', dict(which=which(p), measured=measured(p), methods=methods(p)))
     p.fill('commands/merge.ipynb', dict(rules=rules(p)))
     p.fill('index.ipynb', dict(families=families(p),
                                counts=counts(p) + ' [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))

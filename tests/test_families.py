@@ -1,0 +1,230 @@
+"A family's comparison: who takes part, what is left out and why, and what its file says"
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from ftlab import methods
+from ftlab.instruments.bench import Bench
+from ftlab.instruments.families import (CONCERNS, FAMILIES, answer, answer_words, entries_of,
+                                        family_words, read_family, setting_rows)
+from ftlab.papers import catalogue
+from pages import ROOT
+from toys import TOK, lab_data, toy
+
+sys.path[:0] = [str(ROOT/'bench'), str(ROOT/'tools')]
+import families
+import index
+
+STUB = SimpleNamespace(base=lambda seed: (toy(), TOK)) # as much of a bench as the list of arms needs
+SETTINGS = {f: families.settings(f) for f in FAMILIES}
+SMALL = dict(batch_size=4, evaluations=1, items=4, old_items=1, validation_items=4,
+             old_validation_items=1)
+GAIN, LOST, STATE, SAVED, TIME = CONCERNS
+
+
+def of_family(family: str) -> set[str]:
+    return {k for k, row in catalogue().items() if row['family'] == family}
+
+
+def row(gain, **more) -> dict:
+    "A method's row, as the result file has it"
+    each = dict(gain=gain, forgetting=[.1]*len(gain), forgetting_matched=[.05]*len(gain))
+    return dict(each, rate=1e-3) | more
+
+
+def entry(**rows) -> dict:
+    about = dict(model='toy', redrawn=True, forgetting='old skills')
+    return dict(about, methods=rows, settings=dict(steps=1, batch_size=2),
+                left_out={'spt': 'not built here yet'})
+
+
+def put(folder, name: str = 'x, 1%', **rows) -> None:
+    "Write a setting of the subsets into a folder's result file"
+    families.write(folder/'family_subsets.json', 'subsets', name, entry(**rows))
+
+
+# ---------- who takes part
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_paper_of_a_family_is_compared_or_says_why_not(family):
+    for setting in SETTINGS[family]:
+        arms, out = families.arms_of(family, setting, STUB)
+        assert set(arms) & set(out) == set() and all(out.values())
+        beside = {'full', 'lora'} if setting.budget else {'full'}
+        assert set(arms) | set(out) == of_family(family) | beside
+        for name in set(arms) - {'full', 'lora'}:
+            assert not setting.budget or f'budget={setting.budget:g}' in arms[name]
+
+
+def test_a_new_paper_takes_part_by_its_key_and_its_budget_alone(monkeypatch):
+    key = next(k for k in sorted(of_family('subsets')) if k not in methods.names())
+    made = {key: lambda budget=None: None}
+    make_of = methods.make_of
+    monkeypatch.setattr(methods, 'paper_modules', lambda: {key: None})
+    monkeypatch.setattr(methods, 'names', lambda: [key])
+    monkeypatch.setattr(methods, 'make_of', lambda n: made.get(n) or make_of(n))
+    setting = SETTINGS['subsets'][0]
+    arms, out = families.arms_of('subsets', setting, STUB)
+    assert arms[key] == f'{key}(budget={setting.budget:g})' and key not in out
+    made[key] = lambda: None
+    assert 'no budget' in families.arms_of('subsets', setting, STUB)[1][key]
+
+
+def test_the_rank_is_the_one_nearest_the_budget():
+    model = toy()
+    total = sum(p.numel() for p in model.parameters())
+    count = lambda r: families.training_bytes(model, methods.lora(r=r))['trainable']
+    for budget in (.001, .05, .2):
+        r = families.nearest_rank(model, budget)
+        assert all(abs(count(r) - budget*total) <= abs(count(k) - budget*total)
+                   for k in (r - 1, r + 1) if k >= 1)
+
+
+def test_noise_and_mixture_change_what_they_say():
+    makes = (families.clean, families.with_noise, families.unequal)
+    clean, noisy, mixed = (make(n=600) for make in makes)
+    assert clean.test == noisy.test and len(clean.train) == len(noisy.train)
+    changed = [a['response'] != b['response'] for a, b in zip(clean.train, noisy.train)]
+    assert abs(sum(changed)/len(changed) - families.NOISE) < .08
+    assert [a['prompt'] for a in clean.train] == [b['prompt'] for b in noisy.train]
+    few = sum(r['skill'] == families.FORMAT for r in mixed.train)/len(mixed.train)
+    assert abs(few - families.UNEQUAL[1]) < .01
+    assert [r['skill'] for r in mixed.test[:2]] == [families.PROCEDURE, families.FORMAT]
+
+
+# ---------- one that breaks
+
+@pytest.fixture(scope='module')
+def bench():
+    return Bench((toy(), TOK), lab_data(), steps=2, progress=False, **SMALL)
+
+
+def test_a_method_that_breaks_or_differs_in_nothing_is_left_out_and_the_others_go_on(bench, monkeypatch):
+    def broken(*args):
+        raise RuntimeError('it fell apart')
+    get = methods.get
+    monkeypatch.setattr(methods, 'get', lambda t: get('full').named('full') if t == 'full'
+                        else broken() if t == 'broken' else get(t))
+    monkeypatch.setattr(families, 'PROBE', 2)
+    same = ('full', 'broken', 'tl_training', 'dft', 'grpo')
+    arms = dict(zip(same, same), smt='smt(budget=1e-9)')
+    recipes, costs, out = families.able(bench, arms, same_rows=True)
+    assert list(recipes) == list(costs) == ['full', 'dft']
+    assert set(out) == {'broken', 'smt', 'tl_training', 'grpo'}
+    assert out['broken'] == 'RuntimeError: it fell apart' and out['smt'].startswith('ValueError: ')
+    assert 'plain fine-tuning' in out['tl_training'] and 'rows of its own' in out['grpo']
+    whole = sum(p.numel() for p in toy().parameters())
+    assert costs['full']['trainable'] == whole and costs['full']['saved_bytes'] >= 4*whole
+    assert 0 <= costs['full']['optimizer_bytes'] - 8*whole <= 400 # two moments, and a count for each tensor
+
+
+def test_a_method_that_compare_refuses_does_not_end_the_others(monkeypatch, tmp_path):
+    asked = []
+
+    def compare(arms, *args, **kw):
+        asked.append([r for r in arms])
+        if 'bad' in arms:
+            raise ValueError('bad cannot do this')
+        return SimpleNamespace(json=lambda: list(arms))
+    monkeypatch.setattr(families.ftlab, 'compare', compare)
+    setting = SETTINGS['losses'][0]
+    found, out = families.together(dict(a='a', bad='bad', c='c'), setting, tmp_path, 1)
+    assert found == ['a', 'c'] and out == {'bad': 'ValueError: bad cannot do this'}
+    with pytest.raises(ValueError, match='bad cannot'):
+        families.together(dict(bad='bad'), setting, tmp_path, 1)
+
+
+def test_those_that_learn_little_do_not_set_the_gain_of_all():
+    path = lambda *gains: [dict(gain=g, forgetting=0.) for g in gains]
+    best = dict(much=path(.2, .8), half=path(.45), little=path(.4), none=[])
+    found = [dict(name=n, frontier=f) for n, f in best.items()]
+    assert families.reaching(dict(methods=found)) == ['much', 'half'] # 95% of .4 is less than half of .8
+
+
+# ---------- what the file says
+
+def test_a_result_is_written_beside_the_others_and_read_back(tmp_path):
+    put(tmp_path, 'one', full=row([.5, .6]))
+    put(tmp_path, 'two', full=row([.7]))
+    put(tmp_path, 'one', full=row([.8, .9]))
+    found = read_family(tmp_path/'family_subsets.json')
+    assert list(entries_of(found)) == ['one', 'two']
+    assert found['settings']['one']['methods']['full']['gain'] == [.8, .9]
+    said, none = (family_words('subsets', f) for f in (found, read_family(tmp_path/'none.json')))
+    assert '85.0' in said and '`spt` (not built here yet)' in said
+    assert 'no result yet' in none and 'no result yet' not in said
+
+
+def test_an_answer_names_what_cannot_be_told_apart():
+    rows = dict(a=row([.8, .9], saved_bytes=100), b=row([.7, .82], saved_bytes=100.5),
+                c=row([.6, .79], saved_bytes=200))
+    assert answer(rows, GAIN) == dict(best='a', value=pytest.approx(85), also=['b'], of=3)
+    assert answer(rows, SAVED)['also'] == ['b'] and answer(rows, TIME) is None
+    rows['a']['forgetting_matched'] = [.1, None]
+    assert answer(rows, LOST)['of'] == 2 and answer_words(rows, STATE) == 'not measured'
+    rows['a']['gain'] = [-.1, .0] # below zero
+    assert answer(rows, GAIN)['best'] == 'b'
+
+
+def test_a_table_has_no_empty_column_and_the_best_first():
+    rows = setting_rows(entry(a=row([.5]), b=row([.6], share=.01)))
+    assert [r['method'] for r in rows] == ['b', 'a']
+    assert 'trained, %' in rows[0] and 'saved, kB' not in rows[0]
+    assert rows[0]['gained'] == 60 and rows[0]['lost at equal gain'] == 5
+
+
+def test_which_method_follows_from_the_files(tmp_path):
+    "The table on nbs/methods is made from the files, and from nothing else"
+    results = tmp_path/'bench'/'results'
+    results.mkdir(parents=True)
+    (tmp_path/'nbs').symlink_to(ROOT/'nbs')
+    said = lambda: index.measured(index.Project(tmp_path))
+    assert all(f'`python bench/families.py {f}` makes it' in said() for f in FAMILIES)
+    assert '|' not in said()
+    put(results, full=row([.5, .6]), smt=row([.7, .8]))
+    now = said()
+    assert '| x, 1% | 2 | `smt`: 75 points | ' in now
+    assert 'families.py subsets' not in now and 'families.py losses' in now
+    put(results, full=row([.9, .9, .9]), smt=row([.7, .8]))
+    assert '| x, 1% | 3 | `full`: 90 points | ' in said()
+
+
+def test_the_page_says_what_the_files_of_this_project_say():
+    cells = json.loads((ROOT/'nbs'/'methods.ipynb').read_text(encoding='utf-8'))['cells']
+    texts = [''.join(c['source']) for c in cells]
+    page = next(t for t in texts if 'made by `make index`: measured' in t)
+    assert page.endswith(index.measured(index.Project(ROOT)))
+    for file in (ROOT/'bench'/'results').glob('family_*.json'):
+        for name, e in json.loads(file.read_text(encoding='utf-8'))['settings'].items():
+            family = file.stem.removeprefix('family_')
+            assert of_family(family) <= {*e['methods'], *e['left_out']}, f'{name}: a paper is missing'
+
+
+# ---------- the whole way, very small
+
+def test_a_small_comparison_from_the_command_to_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(families, 'PROBE', 2)
+    monkeypatch.setattr(families, 'run_seconds', lambda *a: dict(step=1., tuning=30., test=60.))
+    monkeypatch.setattr(families, 'settings', lambda family: [
+        families.Setting('clean', 'clean', lambda: families.clean(n=40), dict(SMALL, steps=2))])
+    few = ['--only', 'full,dft', '--runs', '4', '--seeds', '1']
+    families.main(['losses', *few, '--to', str(tmp_path)])
+    e = read_family(tmp_path/'family_losses.json')['settings']['clean']
+    assert set(e['methods']) == {'full', 'dft'}
+    assert of_family('losses') <= {*e['methods'], *e['left_out']}
+    assert all(len(m['gain']) == 1 and len(m['tried']) == 2 for m in e['methods'].values())
+    assert 0 < e['base']['calibration'][0]['ece'] < 1
+    assert e['methods']['dft']['calibration'][0]['n'] > 4
+    said = capsys.readouterr().out
+    assert '1 setting of 2 methods, at most 12 runs of 52 CPU-seconds' in said # 2 x 30, 4 x 60
+    assert 'clean' in family_words('losses', read_family(tmp_path/'family_losses.json'))
+
+
+def test_too_few_runs_and_unknown_parts_are_errors():
+    with pytest.raises(SystemExit, match='no part of losses is called'):
+        families.arguments(['losses', 'minilm'])
+    with pytest.raises(SystemExit, match='take at least 6'):
+        families.arguments(['losses', '--runs', '4'])
