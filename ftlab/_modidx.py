@@ -352,8 +352,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ftlab.adapters.slices.Slices.dim': ('adapters/slices.html#slices.dim', 'ftlab/adapters/slices.py'),
                                        'ftlab.adapters.slices.Slices.forward': ( 'adapters/slices.html#slices.forward',
                                                                                  'ftlab/adapters/slices.py'),
-                                       'ftlab.adapters.slices.Slices.hold': ( 'adapters/slices.html#slices.hold',
-                                                                              'ftlab/adapters/slices.py'),
                                        'ftlab.adapters.slices.Slices.most': ( 'adapters/slices.html#slices.most',
                                                                               'ftlab/adapters/slices.py'),
                                        'ftlab.adapters.slices.Slices.move': ( 'adapters/slices.html#slices.move',

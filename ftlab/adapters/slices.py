@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from .delta import Entries
 
 # %% auto #0
 __all__ = ['Slices', 'block_size', 'Blocks', 'in_blocks']
@@ -88,13 +89,7 @@ class Slices(nn.Module):
         self.index, self.value.data = index.clone(), every.index_select(self.dim, index)
         self.config['left'] = len(self.left_index)
 
-    @torch.no_grad()
-    def hold(self, index:Tensor, left_index:Tensor, left_value:Tensor) -> None:
-        "Continue with the slices of a checkpoint; the values at `index` are restored with the run's parameters"
-        self.index.copy_(index)
-        self.left_index = left_index.to(self.left_index)
-        self.left_value = left_value.to(self.left_value)
-        self.config['left'] = len(self.left_index)
+    hold = Entries.hold # continue with the slices of a checkpoint
 
     def check(self) -> None:
         "Raise `ValueError` for an index outside the weight, or one that occurs twice"
