@@ -38,7 +38,8 @@ def test_a_step_is_peft_s_step_on_the_same_tensors():
     ids = torch.randint(5, 50, (3, 9), generator=torch.Generator().manual_seed(0))
     ours.requires_grad_(False)
     mine = [ours.get_parameter(n).requires_grad_() for n in layernorm_tuning().select(ours)]
-    for model, params in ((ours, mine), (theirs, [p for p in theirs.parameters() if p.requires_grad])):
+    peft_s = [p for p in theirs.parameters() if p.requires_grad]
+    for model, params in ((ours, mine), (theirs, peft_s)):
         opt = torch.optim.AdamW(params, lr=1e-2)
         for _ in range(3):
             opt.zero_grad()
@@ -79,11 +80,13 @@ def test_a_budget_is_met_exactly(family):
         assert sum(int(m.sum()) for m in chosen.values()) == count
     drawn = [layernorm_tuning(.2, 'random').select(model, seed=s) for s in (0, 0, 1)]
     assert all((m == drawn[1][n]).all() for n, m in drawn[0].items())
-    assert drawn[0].keys() != drawn[2].keys() or any((m != drawn[2][n]).any() for n, m in drawn[0].items())
+    one, other = drawn[0], drawn[2]
+    assert one.keys() != other.keys() or any((m != other[n]).any() for n, m in one.items())
 
 
 @pytest.mark.parametrize('make, says', [
-    (lambda: layernorm_tuning(0.), 'above 0 and at most 1'), (lambda: layernorm_tuning(by='size'), 'fisher or random'),
+    (lambda: layernorm_tuning(0.), 'above 0 and at most 1'),
+    (lambda: layernorm_tuning(by='size'), 'fisher or random'),
     (lambda: layernorm_tuning(budget=.5).select(toy()), 'the norms of this model have 160'),
     (lambda: layernorm_tuning(budget=2.).select(toy()), 'share of the parameters'),
     (lambda: layernorm_tuning(.5).select(toy()), 'there are none')])

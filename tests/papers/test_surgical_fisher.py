@@ -57,7 +57,7 @@ def test_a_block_without_influence_is_chosen_last():
             getattr(model.model.layers[0].self_attn, n).weight.zero_()
         model.model.layers[0].mlp.up_proj.weight.zero_()
     ids = torch.randint(5, 50, (4, 9), generator=torch.Generator().manual_seed(0))
-    rows = [dict(input_ids=i[None], attention_mask=torch.ones_like(i[None]), labels=i[None]) for i in ids]
+    rows = [dict(input_ids=i, attention_mask=torch.ones_like(i), labels=i) for i in ids.split(1)]
     chosen = informative_blocks(.5, outside=False)(model, rows)
     assert {anatomy(model).location(n)[0] for n in chosen} == {1}
 
@@ -70,7 +70,8 @@ def test_a_budget_is_met_exactly_inside_the_blocks(family, by):
     size = sum(model.get_parameter(n).numel() for n in a.blocks[0].parameters)
     for budget in (.0001, .01, size/total, 1.2*size/total):
         chosen = surgical_fisher(by=by, budget=budget).select(model, Unread())
-        trained = sum(model.get_parameter(n).numel() if m is True else int(m.sum()) for n, m in chosen.items())
+        trained = sum(model.get_parameter(n).numel() if m is True else int(m.sum())
+                      for n, m in chosen.items())
         assert trained == max(1, round(budget*total))
         assert all(a.location(n)[0] is not None for n in chosen)
 
@@ -85,7 +86,8 @@ def test_five_of_twelve_blocks_train_and_all_that_lies_outside():
 
 
 @pytest.mark.parametrize('make, says', [
-    (lambda: surgical_fisher(0.), 'above 0 and at most 1'), (lambda: surgical_fisher(by='top'), 'fisher, bottom, random'),
+    (lambda: surgical_fisher(0.), 'above 0 and at most 1'),
+    (lambda: surgical_fisher(by='top'), 'fisher, bottom, random'),
     (lambda: surgical_fisher(budget=1.).select(toy(), Unread()), 'more than the blocks have'),
     (lambda: surgical_fisher(budget=0.).select(toy(), Unread()), 'share of the parameters'),
     (lambda: surgical_fisher().select(toy()), 'there are none')])
