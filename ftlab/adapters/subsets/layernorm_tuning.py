@@ -42,7 +42,9 @@ class norm_entries:
     def __call__(self, model, batches=None, seed=0) -> dict:
         shapes = {n: model.get_parameter(n).shape for n in norm_parameters(model)}
         total = sum(s.numel() for s in shapes.values())
-        count = max(1, round(self.share*total)) if self.budget is None else allowed(model, self.budget)
+        count = max(1, round(self.share*total))
+        if self.budget is not None:
+            count = allowed(model, self.budget)
         if count > total:
             raise ValueError(f'the budget allows {count:,} parameters, and the norms of this model have {total:,}; '
                              'use a smaller one')

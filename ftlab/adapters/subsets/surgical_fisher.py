@@ -82,7 +82,8 @@ class informative_blocks:
                 return out
 
     def __repr__(self):
-        return f'informative_blocks({self.share if self.budget is None else self.budget:.3g}, {self.by})'
+        much = self.share if self.budget is None else self.budget
+        return f'informative_blocks({much:.3g}, {self.by})'
 
 # %% ../../../nbs/adapters/subsets/surgical_fisher.ipynb #surgical_fisher-6
 @method('On Surgical Fine-tuning for Language Encoders', '2310.17041',
@@ -99,4 +100,5 @@ def surgical_fisher(share:float=5/12,  # of the blocks, at least one; officially
     """Train only the blocks with the most Fisher information on the task (surgical fine-tuning)
 
     Raises `ValueError` for a `share` or `budget` outside (0, 1], an unknown `by`, and a budget above all blocks."""
-    return Recipe(select=informative_blocks(share, by, outside, budget), delta=None if budget is None else Entries)
+    chosen = informative_blocks(share, by, outside, budget)
+    return Recipe(select=chosen, delta=None if budget is None else Entries)
