@@ -91,7 +91,7 @@ class informative_blocks:
     'abstract and official code (ymtao5219/surgical_fine_tuning, 2c3383c: code/fim_calculator.py, code/fine_tuner.py, '
     'configs, scripts/GLUE); log-likelihood instead of a logit, 100 different training rows, and the budget are our '
     'reading',
-    lr=1e-3, lrs=(3e-4, 1e-3, 3e-3))
+    lr=1e-3, lrs=(3e-4, 1e-3, 3e-3), toy=dict(by='random'))
 def surgical_fisher(share:float=5/12,  # of the blocks, at least one; officially the best 1 to 5 of 12
                     by:str='fisher',   # the blocks with the most ('fisher') or least ('bottom') information; 'random'
                     outside:bool=True, # also train what lies outside of the blocks, as officially
