@@ -635,6 +635,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                'ftlab/adapters/subsets/surgical_fisher.py'),
                                                         'ftlab.adapters.subsets.surgical_fisher.informative_blocks._order': ( 'adapters/subsets/surgical_fisher.html#informative_blocks._order',
                                                                                                                               'ftlab/adapters/subsets/surgical_fisher.py'),
+                                                        'ftlab.adapters.subsets.surgical_fisher.informative_blocks._part': ( 'adapters/subsets/surgical_fisher.html#informative_blocks._part',
+                                                                                                                             'ftlab/adapters/subsets/surgical_fisher.py'),
                                                         'ftlab.adapters.subsets.surgical_fisher.informative_blocks._scores': ( 'adapters/subsets/surgical_fisher.html#informative_blocks._scores',
                                                                                                                                'ftlab/adapters/subsets/surgical_fisher.py'),
                                                         'ftlab.adapters.subsets.surgical_fisher.surgical_fisher': ( 'adapters/subsets/surgical_fisher.html#surgical_fisher',

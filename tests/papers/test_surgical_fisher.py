@@ -48,6 +48,23 @@ def test_the_score_is_the_official_one_of_the_log_likelihood():
     assert opposite == {n: True for n in fim if f'.encoder.layer.{best}.' not in n}
 
 
+def test_bottom_is_the_other_end_of_one_ranking(monkeypatch):
+    "A block with few large entries has the larger norms, and the smaller sums"
+    model = toy()
+    flat, spikes = (b.parameters for b in anatomy(model).blocks)
+    fisher = {n: torch.ones_like(model.get_parameter(n)) for n in flat}
+    fisher |= {n: torch.zeros_like(model.get_parameter(n)) for n in spikes}
+    for n in spikes:
+        fisher[n].view(-1)[0] = 100
+    monkeypatch.setattr('ftlab.adapters.subsets.surgical_fisher.gradients', lambda *a: fisher)
+    for by, first in (('fisher', spikes), ('bottom', flat)):
+        assert set(informative_blocks(.5, by, outside=False)(model)) == set(first)
+        few = informative_blocks(by=by, budget=.001)(model)
+        assert few.keys() <= set(first)
+    least = informative_blocks(by='bottom', budget=.3)(model) # the first block, and a part of the next
+    assert all(m is True or not m.view(-1)[0] for m in least.values())
+
+
 def test_a_block_without_influence_is_chosen_last():
     model = toy()
     with torch.no_grad():

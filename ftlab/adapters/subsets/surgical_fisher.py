@@ -51,23 +51,19 @@ class informative_blocks:
         blocks = {n: b.index for b in a.blocks for n in b.parameters}
         return {n: True for n in a.shapes if (blocks[n] in picked if n in blocks else self.outside)}
 
-    def _scores(self, model, batches, a, seed) -> dict: # of every entry in the blocks, the highest first to be chosen
+    def _scores(self, model, batches, a, seed) -> dict: # of every entry in the blocks
         names = [n for b in a.blocks for n in b.parameters]
         if self.by == 'random':
             draw = torch.Generator().manual_seed(seed)
             return {n: torch.rand(a.shapes[n], generator=draw).to(model.device) for n in names}
-        fisher = gradients(model, batches, names, 'square', self.rows)
-        if self.by == 'fisher':
-            return fisher
-        most = max(f.max() for f in fisher.values())
-        return {n: most - f for n, f in fisher.items()}
+        return gradients(model, batches, names, 'square', self.rows)
 
     def _order(self, model, scores, seed) -> list[int]:
         every = range(len(anatomy(model).blocks))
         if self.by == 'random':
             return random.Random(seed).sample(every, len(every))
         by_block = block_scores(model, scores)
-        return sorted(every, key=lambda i: -by_block[i])
+        return sorted(every, key=by_block.__getitem__, reverse=self.by != 'bottom')
 
     def _filled(self, model, a, scores, order):
         left, out = allowed(model, self.budget), {}
@@ -76,10 +72,16 @@ class informative_blocks:
         for i in order:
             inside = {n: scores[n] for n in a.blocks[i].parameters}
             size = sum(s.numel() for s in inside.values())
-            out |= {n: True for n in inside} if size <= left else highest(inside, left)
+            out |= {n: True for n in inside} if size <= left else self._part(inside, left)
             left -= size
             if left <= 0:
                 return out
+
+    def _part(self, inside, count): # of the last block; 'bottom': its entries with the least information
+        if self.by == 'bottom':
+            most = max(f.max() for f in inside.values())
+            inside = {n: most - f for n, f in inside.items()}
+        return highest(inside, count)
 
     def __repr__(self):
         much = self.share if self.budget is None else self.budget
