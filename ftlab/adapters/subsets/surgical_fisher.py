@@ -91,8 +91,8 @@ class informative_blocks:
 @method('On Surgical Fine-tuning for Language Encoders', '2310.17041',
     'Tuning only the layers with the most Fisher information is close to tuning all layers, and often better.',
     'abstract and official code (ymtao5219/surgical_fine_tuning, 2c3383c: code/fim_calculator.py, code/fine_tuner.py, '
-    'configs, scripts/GLUE); log-likelihood instead of a logit, 100 different training rows, and the budget are our '
-    'reading',
+    'configs; scripts/GLUE at 8c4c93f); log-likelihood instead of a logit, 100 different training rows, and the budget '
+    'are our reading',
     lr=1e-3, lrs=(3e-4, 1e-3, 3e-3), toy=dict(by='random'))
 def surgical_fisher(share:float=5/12,  # of the blocks, at least one; officially the best 1 to 5 of 12
                     by:str='fisher',   # the blocks with the most ('fisher') or least ('bottom') information; 'random'
