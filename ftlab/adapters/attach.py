@@ -506,6 +506,8 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     Raises `ValueError` for an empty or impossible choice."""
     check_bare(model)
     check_selection(model, chosen)
+    if hasattr(delta, 'fitted'): # its size depends on the model, such as a rank for a budget
+        delta = delta.fitted(model, chosen)
     params = dict(model.named_parameters())
     if beside and (site := declared(delta, 'site', 'weight')) in BEFORE:
         raise ValueError(f'the model has new tokens, whose rows train beside the method, and a {site} '
