@@ -40,8 +40,8 @@ class region:
         first, end = (round(share*blocks) for share in self.where)
         chosen = parts(*self.roles, blocks=range(first, end))(model)
         if not chosen:
-            raise ValueError(f'there is no {" or ".join(self.roles)} between {self.where[0]:g} and {self.where[1]:g} of '
-                             f'the {blocks} blocks of {type(model).__name__}; choose a wider range or other roles')
+            raise ValueError(f'there is no {" or ".join(self.roles)} between {self.where[0]:g} and {self.where[1]:g} '
+                             f'of the {blocks} blocks of {type(model).__name__}; choose a wider range or other roles')
         return chosen
 
     def __repr__(self):
@@ -163,8 +163,8 @@ class SoftMask:
     @torch.no_grad()
     def after_step(self, state):
         if not self.met:
-            raise ValueError('the soft mask of cofitune works on gradients, and this run computes none; use a step that '
-                             'does, or cofitune(soft=None)')
+            raise ValueError('the soft mask of cofitune works on gradients, and this run computes none; use a step '
+                             'that does, or cofitune(soft=None)')
         for n, was in self.before.items():
             p = state.model.get_parameter(n)
             p.copy_(was.lerp(p, self.keep[n].to(p.dtype)))
