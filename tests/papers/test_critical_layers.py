@@ -138,7 +138,8 @@ def test_it_trains_the_chosen_blocks_alone_and_composes_with_a_delta():
     (lambda: change_points(budget=1e-4)(toy(), rows()), 'the smallest unit has'),
     (lambda: change_points(budget=1.)(toy(), rows()), 'that may be chosen'),
     (lambda: critical_layers(toy(), rows(), neighbours=0), 'at least 1'),
-    (lambda: critical_layers(tiny('llama', num_hidden_layers=1), inputs_for('llama')), 'one block')])
+    (lambda: critical_layers(tiny('llama', num_hidden_layers=1), inputs_for('llama')),
+     'one block')])
 def test_wrong_arguments_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says):
         make()

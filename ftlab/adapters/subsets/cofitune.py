@@ -92,10 +92,11 @@ def importance(model,
     g = {n: torch.ones(_units(a, n), device=device, requires_grad=True) for n in names}
     sums = {n: torch.zeros_like(t) for n, t in g.items()}
     noisy = lambda x: dropout(x, share, training=True)
-    hooks = [_module(model, n).register_forward_hook(
-        lambda m, args, y, n=n: (noisy(y*g[n]) if a.location(n)[2] == 'down' else y*g[n]).to(y.dtype)) for n in names]
-    hooks += [_module(model, b.attention['o']).register_forward_pre_hook(lambda m, args: (noisy(args[0]), *args[1:]))
-              for b in a.blocks if 'o' in b.attention]
+    masked = lambda n, y: (noisy(y*g[n]) if a.location(n)[2] == 'down' else y*g[n]).to(y.dtype)
+    hooks = [_module(model, n).register_forward_hook(lambda m, args, y, n=n: masked(n, y))
+             for n in names]
+    hooks += [_module(model, b.attention['o']).register_forward_pre_hook(
+        lambda m, args: (noisy(args[0]), *args[1:])) for b in a.blocks if 'o' in b.attention]
     try:
         with evaluating(model), torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(seed)
@@ -190,4 +191,5 @@ def cofitune(where:tuple[float, float]=(.25, .5), # from which share of the dept
     if soft not in SOFT:
         raise ValueError(f"soft is {soft!r}; it must be 'gradient', 'change' or None")
     mask = With(SoftMask, soft=soft, general=None if general is None else tuple(general), rows=rows)
-    return Recipe(select=region(tuple(where), tuple(roles)), loop=Loop(callbacks=(mask,)) if soft else None)
+    return Recipe(select=region(tuple(where), tuple(roles)),
+                  loop=Loop(callbacks=(mask,)) if soft else None)

@@ -81,7 +81,7 @@ def critical_layers(model,         # as it is, with a change or without
         raise ValueError(f'{type(model).__name__} has one block, which has no neighbour to compare with')
     out = []
     for i, x in enumerate(X):
-        near = [X[j] for j in range(i - neighbours, i + neighbours + 1) if 0 <= j < len(X) and j != i]
+        near = [y for j, y in enumerate(X) if 0 < abs(i - j) <= neighbours]
         out.append(sum(cka(x, y) for y in near)/len(near))
     return torch.tensor(out)
 

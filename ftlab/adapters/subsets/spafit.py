@@ -38,7 +38,8 @@ class strata:
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: True}
         a = anatomy(model)
         _, middle, top = self.groups(len(a.blocks))
-        matrices = lambda **k: {n: True for n in parts(*self.targets, **k)(model) if len(a.shapes[n]) == 2}
+        matrices = lambda **k: {n: True for n in parts(*self.targets, **k)(model)
+                                if len(a.shapes[n]) == 2}
         if not matrices():
             raise ValueError(f'{type(model).__name__} has no matrix among {", ".join(self.targets)}')
         wide = matrices(blocks=top)
@@ -102,4 +103,5 @@ def spafit(r:int=8,               # the rank of the changes in the top group
     """Give each third of the depth more freedom than the one below it (stratified progressive adaptation)
 
     Raises `ValueError` for `cuts` that are not ascending shares and for a `budget` that no rank meets."""
-    return Recipe(select=strata(tuple(cuts), tuple(targets), reverse), delta=pairs_and_biases(r, alpha, budget))
+    return Recipe(select=strata(tuple(cuts), tuple(targets), reverse),
+                  delta=pairs_and_biases(r, alpha, budget))
