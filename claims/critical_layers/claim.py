@@ -15,10 +15,12 @@ SKILLS = ('new-procedure', 'changed-rule', 'new-format')
 INNER = slice(1, 7)  # one block of eight at each end is left out, as 3 of 32 in the official code
 TWO = dict(critical='critical', stable='stable', random='random')
 
+def prompts(rows, tok, seed) -> list[dict]:
+    return list(Sample(encode_all(rows, tok, 'text'), tok.pad_token_id, seed=seed).take(256, 32))
+
 def old_text(tok, seed) -> list[dict]:
     "Prompts of the skills that the base has, and none of the new ones"
-    rows = [r for s in OLD for r in WORLD.rows(s, 12, 'train', seed)]
-    return list(Sample(encode_all(rows, tok, 'text'), tok.pad_token_id, seed=seed).take(256, 32))
+    return prompts([r for s in OLD for r in WORLD.rows(s, 12, 'train', seed)], tok, seed)
 
 def tuned(recipe, skill, rate, seed, steps):
     model, tok = ftlab.load('lab-m')
@@ -28,9 +30,9 @@ def tuned(recipe, skill, rate, seed, steps):
 
 @torch.no_grad()
 def put_back(model, base, tok, ask) -> list[float]:
-    "The loss with each block of the base in the tuned model in turn"
+    "The loss with each inner block of the base in the tuned model in turn"
     out, before = [], dict(base.named_parameters())
-    for b in anatomy(base).blocks:
+    for b in anatomy(base).blocks[INNER]:
         kept = {n: model.get_parameter(n).clone() for n in b.parameters}
         for n in kept:
             model.get_parameter(n).copy_(before[n])
@@ -39,25 +41,30 @@ def put_back(model, base, tok, ask) -> list[float]:
             model.get_parameter(n).copy_(W)
     return out
 
+def agreement(shifts, rise) -> float:
+    return float(spearmanr(shifts, rise).statistic)
+
 def run(arm, rate, seed, split, steps):
     base, tok = ftlab.load('lab-m')
-    shift = -critical_layers(base, old_text(tok, seed))
+    old = old_text(tok, seed)
     skills = SKILLS if arm == 'full' else SKILLS[:1]
-    gains, rhos, depths = [], [], []
+    gains, rhos, tasks, depths = [], [], [], []
     for skill in skills:
         ask = WORLD.rows(skill, 400, split, seed)
         recipe = Recipe() if arm == 'full' else Recipe(
-            arm, select=change_points(2, TWO[arm], texts=tuple(old_text(tok, seed))))
+            arm, select=change_points(2, TWO[arm], texts=tuple(old)))
         done = tuned(recipe, skill, rate, seed, steps)
-        after = nll(done.model, tok, ask)
-        gains.append(1 - after/nll(base, tok, ask))
+        gains.append(1 - nll(done.model, tok, ask)/nll(base, tok, ask))
         if arm == 'full':
-            rise = torch.tensor(put_back(done.model, base, tok, ask)) - after
-            rhos.append(float(spearmanr(shift[INNER], rise[INNER]).statistic))
-            depths.append(float(spearmanr(range(6), rise[INNER]).statistic))
+            rise = put_back(done.model, base, tok, ask[:200])
+            own = prompts(WORLD.rows(skill, 256, 'train', seed), tok, seed)
+            rhos.append(agreement(-critical_layers(base, old)[INNER], rise))
+            tasks.append(agreement(-critical_layers(base, own)[INNER], rise))
+            depths.append(agreement(range(6), rise))
     mean = lambda xs: sum(xs)/len(xs)
     return dict(gain=mean(gains), questions=400*len(skills)) | (
-        dict(rho=mean(rhos), by_depth=mean(depths)) if arm == 'full' else {})
+        dict(rho=mean(rhos), rho_least=min(rhos), rho_task=mean(tasks), by_depth=mean(depths))
+        if arm == 'full' else {})
 
 def derive(found):
     "The alternative that looks at nothing: the later the block, the more it matters"

@@ -68,6 +68,19 @@ def test_the_state_is_that_of_the_prompts_last_token(family):
     torch.testing.assert_close(got[-1], torch.stack(seen), rtol=1e-4, atol=1e-4)
 
 
+def test_plain_text_is_read_at_its_last_token_whether_or_not_it_is_padded():
+    "It has labels from the start; read as an answer, all rows would be read at their first token"
+    model, ids = tiny('llama'), inputs_for('llama')['input_ids']
+    for padded in (slice(5, None), slice(0, 2)):
+        mask = torch.ones_like(ids)
+        mask[1, padded] = 0
+        batch = dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+        plain = {k: v for k, v in batch.items() if k != 'labels'}
+        for got, want in zip(prompt_states(model, batch), prompt_states(model, plain)):
+            assert torch.equal(got, want)
+            assert not torch.equal(got[0], got[1])
+
+
 @pytest.mark.parametrize('family', 'bert vit'.split())
 def test_an_encoder_is_read_at_its_first_token(family):
     model = tiny(family)
@@ -77,6 +90,16 @@ def test_an_encoder_is_read_at_its_first_token(family):
         want = model(**inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states[0], want[1][:, 0], rtol=1e-4, atol=1e-4)
     assert critical_layers(model, inputs, at='first').shape == (2,)
+
+
+def test_the_selection_reads_the_token_that_it_is_told():
+    model = tiny('bert', num_hidden_layers=6)
+    batch = inputs_for('bert')
+    batch = {k: torch.cat([v, v.roll(1, 1), v.roll(2, 1)]) for k, v in batch.items()}
+    for at in ('first', 'last'):
+        want = critical_layers(model, batch, at=at).argsort(stable=True)[:2].tolist()
+        chosen = change_points(2, edge=0, at=at)(model, batch)
+        assert {anatomy(model).location(n)[0] for n in chosen} == set(want)
 
 
 def test_a_block_that_adds_nothing_is_stable_and_the_others_are_chosen():
@@ -132,6 +155,7 @@ def test_it_trains_the_chosen_blocks_alone_and_composes_with_a_delta():
 
 @pytest.mark.parametrize('make, says', [
     (lambda: change_points(0), 'at least 1'), (lambda: change_points(of='x'), 'critical, stable'),
+    (lambda: change_points(at='middle'), 'last or first'),
     (lambda: change_points(of='rest', budget=.1), 'takes a count'),
     (lambda: change_points(3)(toy(), rows()), 'has 2 blocks'),
     (lambda: change_points(1)(toy()), 'looks at text'),

@@ -24,7 +24,7 @@ __all__ = ['OF', 'prompt_states', 'critical_layers', 'change_points']
 def prompt_states(model,
                   batches:Mapping|Sample|Iterable[dict], # one batch, batches, or what a selection got
                   rows:int=256,   # of a sample, how many are read
-                  at:str='last'   # which token: the 'last' of each prompt, or the 'first', which a classifier reads
+                  at:str='last'   # token: the 'last' of each prompt (or plain text), or the 'first' of a classifier
                  ) -> list[Tensor]: # [rows, width] after each block
     "Collect the state of one token of each row after each block. The part that is learned is not read."
     if isinstance(batches, Sample):
@@ -48,23 +48,24 @@ def prompt_states(model,
 def _place(batch, h, at):
     "Return the index of the token to read in each row of `h` [rows, tokens, width]"
     mask, labels = batch.get('attention_mask'), batch.get('labels')
-    if mask is None:
-        mask = torch.ones(h.shape[:2], device=h.device)
+    mask = torch.ones(h.shape[:2], device=h.device).bool() if mask is None else mask.bool()
     t = torch.arange(mask.shape[1], device=mask.device)
+    first = mask.int().argmax(1) # real token
     if at == 'first':
-        return mask.argmax(1) + h.shape[1] - mask.shape[1]
+        return first + h.shape[1] - mask.shape[1]
     if labels is not None and labels.shape == mask.shape: # up to where the answer begins
-        answer = (labels != -100) & (t > 0)
-        first = torch.where(answer.any(1), answer.int().argmax(1), len(t))
-        mask = mask*(t < first[:, None])
-    return torch.where(mask.bool(), t, 0).amax(1) + h.shape[1] - mask.shape[1]
+        answer = (labels != -100) & mask
+        start = torch.where(answer.any(1), answer.int().argmax(1), len(t))
+        start = torch.where(start == first, len(t), start) # plain text, without a prompt
+        mask = mask & (t < start[:, None])
+    return torch.where(mask, t, 0).amax(1) + h.shape[1] - mask.shape[1]
 
 # %% ../../../nbs/adapters/subsets/critical_layers.ipynb #critical_layers-6b
 @probe('Spectral Insights into Data-Oblivious Critical Layers in Large Language Models', '2506.00382',
     'Blocks at which the representation of any text shifts most are those that tuning changes most.',
     'abstract, project page and official code (GraphmindDartmouth/Data-Oblivious-Critical-Layers, d33651d: '
-    'compute_cka.py, llama2/run_cka.py, llama2/prune_inference.py, corr_evaluation.ipynb); a block is no neighbour of '
-    'itself, and how many blocks are chosen is our reading',
+    'compute_cka.py, llama2/run_cka.py, llama2/prune_inference.py, corr_evaluation.ipynb, and Table 2 of the paper in '
+    'docs/static/images/table2.jpg); a block is no neighbour of itself, and how many blocks are chosen is our reading',
     ask=lambda model, change, batch: critical_layers(model, batch))
 def critical_layers(model,         # as it is, with a change or without
                     batches,       # text, as in `prompt_states`: any will do, says the paper
@@ -91,18 +92,21 @@ OF = ('critical', 'stable', 'random', 'rest')
 @dataclass(frozen=True)
 class change_points:
     """Select whole blocks by how much the representation of a text shifts there.
-    Raises `ValueError` for a count below 1, an unknown `of`, and a budget below one block or above all."""
+    Raises `ValueError` for a count below 1, an unknown `of` or `at`, and a budget below one block or above all."""
     count:int|None=None    # how many blocks; None: a quarter
     of:str='critical'      # of `OF`: 'stable' shifts least; 'rest' is everything but the critical blocks
     budget:float|None=None # instead of `count`: a share of the model's parameters
     texts:tuple[Mapping, ...]=() # batches to read; (): the training rows
     edge:int|None=None     # blocks at each end that are not chosen; None: 3 of 32, as in the official code
+    at:str='last'          # as in `prompt_states`
     which:tuple[str, ...]=('attention', 'mlp', 'experts', 'norm', 'bias') # of a block, as in `parts`
 
     def __post_init__(self):
         if self.of not in OF or self.count is not None and self.count < 1:
             raise ValueError(f'of is {self.of!r} and count {self.count}; they must be {", ".join(OF)}, '
                              'and at least 1')
+        if self.at not in ('last', 'first'):
+            raise ValueError(f'at is {self.at!r}; it must be last or first')
         if self.of == 'rest' and self.budget is not None:
             raise ValueError("of='rest' trains all but some blocks, so it takes a count and no budget")
 
@@ -128,7 +132,7 @@ class change_points:
         if texts is None:
             raise ValueError('this looks at text, and there is none; give it batches, a Sample, or texts=')
         sign = -1 if self.of == 'stable' else 1
-        return [-sign*d for d in critical_layers(model, texts).tolist()]
+        return [-sign*d for d in critical_layers(model, texts, at=self.at).tolist()]
 
     def _chosen(self, model, a, able, shift, inside) -> list[int]:
         scores = [shift[i] for i in able]
