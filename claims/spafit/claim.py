@@ -2,6 +2,7 @@
 question of one of four skills its own, or that of another question?"""
 import random
 import ftlab
+from ftlab.adapters.attach import attach
 from ftlab.core.scorers import WORLD, label_hits
 from ftlab.methods import bitfit, full, lora, spafit
 
@@ -34,7 +35,17 @@ def run(arm, rate, seed, split, steps):
     return dict(gain=sum(hits)/len(hits), trained=trained, questions=len(hits),
                 items=dict(gain=[int(h) for h in hits]))
 
+def size(recipe) -> int:
+    "How many values a method trains beside the classifier"
+    model, _ = ftlab.load('lab-e')
+    att = attach(model, recipe.select(model), recipe.delta)
+    return sum(p.numel() for p in att.parameters().values())
+
 def identities():
     rows = judged(400, 'train', 0)
     return {'as many right answers as wrong ones, within 10 in 100':
-            abs(sum(r['label'] == 'yes' for r in rows)/len(rows) - .5) < .1}
+            abs(sum(r['label'] == 'yes' for r in rows)/len(rows) - .5) < .1,
+            'SPAFIT trains at most half as many values as LoRA at all blocks':
+            2*size(ARMS['spafit']) <= size(ARMS['lora']),
+            'LoRA of rank 4 at all blocks has as many as SPAFIT, within 5 in 100':
+            abs(size(ARMS['thin'])/size(ARMS['spafit']) - 1) < .05}

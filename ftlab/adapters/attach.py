@@ -506,8 +506,6 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     Raises `ValueError` for an empty or impossible choice."""
     check_bare(model)
     check_selection(model, chosen)
-    if hasattr(delta, 'fitted'): # its size depends on the model, such as a rank for a budget
-        delta = delta.fitted(model, chosen)
     params = dict(model.named_parameters())
     if beside and (site := declared(delta, 'site', 'weight')) in BEFORE:
         raise ValueError(f'the model has new tokens, whose rows train beside the method, and a {site} '
@@ -518,6 +516,8 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     chosen = {n: m | beside.pop(n).to(m.device) if n in beside else m for n, m in chosen.items()}
     written = {n: m for n, m in chosen.items() if n not in also
                and (delta is not None or m is not True)}
+    if hasattr(delta, 'fitted'): # its size depends on the model, such as a rank for a budget
+        delta = delta.fitted(model, written)
     make = delta or Entries
     check_packed(params, [n for n in chosen if n not in written and n not in beside])
     for n in written:

@@ -148,3 +148,12 @@ def test_it_refuses_an_adapter_under_its_mask():
     with pytest.raises(ValueError, match='no adapter'):
         fit(toy(), TOK, lab_data(), replace(cofitune(roles=('attention',)), delta=lora().delta),
             steps=1, progress=False)
+
+
+def test_a_mask_that_has_nothing_to_do_is_refused():
+    for roles in (('attention',), ('q', 'gate')):
+        with pytest.raises(ValueError, match='soft=None'):
+            fit(toy(), TOK, lab_data(), cofitune(roles=roles), steps=1, batch_size=2,
+                progress=False)
+    with pytest.raises(ValueError, match='no up and down'):
+        importance(tiny('mixtral'), [inputs_for('mixtral')])

@@ -115,6 +115,21 @@ def test_a_classifier_trains_the_strata_and_its_head_alone():
     assert not any('.layer.0.' in n or 'embeddings' in n for n in moved)
 
 
+def test_a_delta_is_fitted_to_what_it_will_change_and_to_nothing_else():
+    model, seen = classifier(), []
+
+    class Later:
+        vectors = True
+
+        def fitted(self, model, chosen):
+            seen.append(set(chosen))
+            return pairs_and_biases(2)
+    head = next(n for n, _ in model.named_parameters() if n.startswith('classifier'))
+    inside = strata()(model)
+    att = attach(model, inside | {head: True}, Later(), also=(head,))
+    assert seen == [set(inside)] and set(att.deltas) == set(inside)
+
+
 def test_the_scale_stays_when_the_budget_sets_the_rank():
     W = torch.randn(16, 16)
     assert pairs_and_biases(3)(W).s == pairs_and_biases(8)(W).s == 2.
@@ -126,6 +141,7 @@ def test_the_scale_stays_when_the_budget_sets_the_rank():
     (lambda: attach(toy(), strata()(toy()), spafit(budget=1e-4).delta), 'with rank 1'),
     (lambda: attach(toy(), strata()(toy()), spafit(budget=1.).delta), 'the highest'),
     (lambda: attach(toy(), strata()(toy()), spafit(budget=2.).delta), 'share of the parameters'),
+    (lambda: spafit(budget=.1).delta(torch.zeros(8, 8)), 'call fitted first'),
     (lambda: spafit(targets=('x',)).select(toy()), 'no matrix among x'),
     (lambda: spafit(r=0).delta(nn.Linear(4, 4).weight.detach()), 'between 1 and 4')])
 def test_wrong_arguments_say_what_is_wrong(make, says):

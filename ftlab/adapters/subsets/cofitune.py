@@ -88,6 +88,8 @@ def importance(model,
               ) -> dict[str, Tensor]:  # {name of an `up` or `down`: [units], from 0 to 1}
     "Measure how much what each unit of an MLP writes matters for two noisy passes to agree"
     names = [n for n in parts('up', 'down')(model) if model.get_parameter(n).ndim == 2]
+    if not names:
+        raise ValueError(f'{type(model).__name__} has no up and down whose units could be measured')
     a, device = anatomy(model), model.get_parameter(names[0]).device
     g = {n: torch.ones(_units(a, n), device=device, requires_grad=True) for n in names}
     sums = {n: torch.zeros_like(t) for n, t in g.items()}
@@ -150,6 +152,9 @@ class SoftMask:
         found, a = importance(state.model, text, seed=state.seed), anatomy(state.model)
         self.keep = {n: (1 - found[n]).unsqueeze(0 if n in a.transposed else 1) # a factor for each unit
                      for n in att.whole if n in found}
+        if not self.keep:
+            raise ValueError('the soft mask of cofitune is for units of up and down, and none of them trains; choose '
+                             'such a role, or cofitune(soft=None)')
 
     @torch.no_grad()
     def after_backward(self, state):
@@ -176,8 +181,8 @@ class SoftMask:
     'Training only the MLP of a range of blocks that a search finds, with a soft mask of important units, keeps more '
     'versatility at nearly the same speciality.',
     'abstracts of versions 2, 5 and 6 and the official code (rattlesnakey/CoFiTune, a8e37f2: pipeline_sft.sh, '
-    'src/softmask_utils.py, src/softmask_llama.py, setup/stage3.py); the order of the search, the place of dropout in '
-    'attention and padding are our reading',
+    'src/softmask_utils.py, src/softmask_llama.py, setup/stage3.py, img/CoFiTune-framework-overview.jpg); the order of '
+    'the search, the place of dropout in attention and padding are our reading',
     lr=1e-3, lrs=(3e-4, 1e-3, 3e-3))
 def cofitune(where:tuple[float, float]=(.25, .5), # from which share of the depth to which; the paper's usual find
              roles:tuple[str, ...]=('up', 'down'), # as in `parts`

@@ -63,6 +63,8 @@ class pairs_and_biases:
     vectors = True         # biases are vectors
 
     def __call__(self, W, mask=True) -> nn.Module:
+        if self.budget is not None:
+            raise ValueError(f'the rank for a budget of {self.budget} depends on the model; call fitted first')
         if W.ndim == 1:
             return Entries(W, mask)
         return LoRA(W, mask, self.r, 2.*self.r if self.alpha is None else self.alpha)
