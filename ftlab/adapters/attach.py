@@ -516,6 +516,8 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     chosen = {n: m | beside.pop(n).to(m.device) if n in beside else m for n, m in chosen.items()}
     written = {n: m for n, m in chosen.items() if n not in also
                and (delta is not None or m is not True)}
+    if hasattr(delta, 'fitted'): # its size depends on the model, such as a rank for a budget
+        delta = delta.fitted(model, written)
     make = delta or Entries
     check_packed(params, [n for n in chosen if n not in written and n not in beside])
     for n in written:
