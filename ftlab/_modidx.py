@@ -1031,6 +1031,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftlab.core.anatomy.anatomy': ('core/anatomy.html#anatomy', 'ftlab/core/anatomy.py')},
             'ftlab.core.batches': { 'ftlab.core.batches.Sample': ('core/batches.html#sample', 'ftlab/core/batches.py'),
                                     'ftlab.core.batches.Sample.__init__': ('core/batches.html#sample.__init__', 'ftlab/core/batches.py'),
+                                    'ftlab.core.batches.Sample.other': ('core/batches.html#sample.other', 'ftlab/core/batches.py'),
                                     'ftlab.core.batches.Sample.take': ('core/batches.html#sample.take', 'ftlab/core/batches.py'),
                                     'ftlab.core.batches.Unread': ('core/batches.html#unread', 'ftlab/core/batches.py'),
                                     'ftlab.core.batches.__getattr__': ('core/batches.html#__getattr__', 'ftlab/core/batches.py'),
