@@ -111,7 +111,8 @@ def test_rows_are_counted_as_in_the_official_code():
 
 def test_every_layer_trains_as_many_rows_and_the_whole_model_need_not():
     model = sharp()
-    rows = {n: int(m.all(1).sum()) for n, m in least_used(.25, rows=4, steps=2)(model, sample()).items()}
+    chosen = least_used(.25, rows=4, steps=2)(model, sample())
+    rows = {n: int(m.all(1).sum()) for n, m in chosen.items()}
     assert rows == {f'{DOWN.format(i)}.weight': 8 for i in range(2)}
     either = least_used(.25, rows=4, steps=2, each='model')(model, sample())
     assert sum(int(m.all(1).sum()) for m in either.values()) == 16
@@ -160,7 +161,8 @@ def test_a_dry_run_counts_as_many():
 
 
 @pytest.mark.parametrize('make, says', [
-    (lambda: loki(by='x'), 'lowest, smallest, highest, random'), (lambda: loki(each='tensor'), "'layer' or 'model'"),
+    (lambda: loki(by='x'), 'lowest, smallest, highest, random'),
+    (lambda: loki(each='tensor'), "'layer' or 'model'"),
     (lambda: loki(0.), 'above 0 and at most 1'), (lambda: loki(rows=0), 'at least 1'),
     (lambda: loki(budget=.9).select(toy(), Unread()), 'the budget allows'),
     (lambda: loki(budget=2.).select(toy(), Unread()), 'share of the parameters'),

@@ -51,7 +51,6 @@ def _integral(model, many, words, place, layer, z, steps):
     slope, = torch.autograd.grad(P.sum(), path)
     return ((z*slope.mean(0)).float()*scaled[..., None]).sum(1)
 
-# %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6b
 def _last_of_prompt(batch) -> Tensor|None: # [rows]; None where a row has one label
     labels = batch.get('labels')
     if labels is not None and labels.ndim == 1 or 'input_ids' not in batch:
@@ -151,7 +150,8 @@ class least_used:
                 more = int(width <= left and counts[i] < out)
                 counts[i], left = counts[i] + more, left - more*width
         if not any(counts):
-            raise ValueError(f'less than one row of down, which has {min(w for _, w in shapes):,} parameters; train more')
+            least = min(width for _, width in shapes)
+            raise ValueError(f'less than one row of down, which has {least:,} parameters; train more')
         return counts
 
     def _scores(self, model, batches, names, shapes, seed) -> list[Tensor]:
