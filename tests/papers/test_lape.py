@@ -58,6 +58,26 @@ def test_within_a_budget_its_own_neurons_come_first():
     p = activity()
     order, mine = by_entropy(p), of_language(p, 1.)
     assert order[:len(mine)] == mine and sorted(order) == list(range(len(p))) and len(mine) > 10
+    assert p[order[len(mine):], 0].diff().le(0).all()
+
+
+def test_of_neurons_without_an_own_one_those_of_other_languages_come_last():
+    p = torch.tensor([[.0, .9], [.3, .3], [.2, .1], [.0, .0]])
+    assert by_entropy(p)[:2] == [1, 2] # the first and the last have an entropy of 0
+
+
+def test_random_neurons_are_as_many_as_those_of_the_language():
+    model, s = toy(), sample()
+    count = lambda r: sum(int(m.sum()) for m in r.select(model, s).values())
+    own, drawn = (lape(.6, OTHERS, by, rows=8) for by in ('entropy', 'random'))
+    assert count(own) == count(drawn) < .5*count(lape(.6, by='random'))
+
+
+def test_others_are_one_language_or_several():
+    assert len(lape(others='sort').select.others) == 1
+    assert len(lape(others={'sort': .5, 'max': .5}).select.others) == 1
+    assert lape(others=OTHERS[0]).select.others == OTHERS[:1]
+    assert len(lape(others=OTHERS).select.others) == 2
 
 
 def test_a_neuron_is_a_row_of_gate_and_up_and_a_column_of_down():

@@ -6,7 +6,7 @@ from ftlab.adapters.subsets.loki import attributions, least_used, loki, most_oft
 from ftlab.core.batches import Sample, Unread, collate
 from ftlab.core.tokens import encode_all
 from tests.tiny import tiny
-from tests.toys import TOK, lab_data, toy
+from tests.toys import TOK, classifier, lab_data, toy
 
 ENTRY = next(e for e in papers.index() if e['key'] == 'loki')
 DOWN = 'model.layers.{}.mlp.down_proj'
@@ -152,6 +152,38 @@ def test_general_data_decide_if_they_are_given():
     assert asked == [(3, 'text')]
     assert old.fingerprint in loki(old=old).arguments['old']
     assert loki(old='sort').arguments['old'] == 'sort'
+
+
+def test_a_classifier_cannot_read_text_without_labels():
+    text = collate(ROWS[:2], TOK.pad_token_id)
+    with pytest.raises(ValueError, match='labels for a classifier'):
+        attributions(classifier(), text, ['bert.encoder.layer.0.output.dense'])
+    with pytest.raises(ValueError, match='text for a model of text'):
+        attributions(toy(), text | dict(labels=torch.tensor([0, 1])), [DOWN.format(0)])
+
+
+def test_a_classifier_scales_the_whole_row():
+    model, name = classifier(), 'bert.encoder.layer.1.output.dense'
+    rows = {k: v for k, v in collate(ROWS[:2], TOK.pad_token_id).items() if k != 'labels'}
+    found, = attributions(model, rows | dict(labels=torch.tensor([0, 1])), [name], steps=100)
+    def probability(scale):
+        hook = model.get_submodule(name).register_forward_hook(lambda m, args, out: scale*out)
+        with torch.no_grad():
+            P = model(**rows).logits.softmax(-1)
+        hook.remove()
+        return P
+    whole, none = probability(1.), probability(0.)
+    words = whole.argmax(-1, keepdim=True)
+    torch.testing.assert_close(found.sum(1), (whole - none).gather(-1, words).squeeze(-1),
+                               rtol=.05, atol=1e-5)
+
+
+def test_probabilities_are_read_in_single_precision():
+    batch, model = collate(ROWS[:3], TOK.pad_token_id), sharp()
+    wide, = attributions(model, batch, [DOWN.format(1)])
+    narrow, = attributions(model.bfloat16(), batch, [DOWN.format(1)])
+    assert narrow.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([wide.flatten(), narrow.flatten()]))[0, 1] > .9
 
 
 def test_a_dry_run_counts_as_many():

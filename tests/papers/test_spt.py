@@ -132,3 +132,10 @@ def test_head_and_embeddings_are_not_ranked():
 def test_wrong_arguments_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_a_matrix_at_its_threshold_gets_lora():
+    first, other = torch.zeros(20, 15), torch.linspace(1, 2, 1200)[None]
+    first.view(-1)[:7] = 10. # a tenth of 70, and 70*.1 is above 7 in floating point
+    assert allocated(dict(a=first, b=other), 100, 2)['a'] is True
+    assert official(dict(a=first, b=other), 37, 2) == ({'a'}, 100)

@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/adapters/subsets/lape.ipynb #lape-4
 from __future__ import annotations
+from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..select import allowed
 from ..slices import Slices
 from ...core.anatomy import anatomy
 from ...core.batches import Unread
+from ...core.data import Data
 from ...core.paper import Method, method
 from ...core.recipe import Recipe
 from ...trainers.statistics import activations
@@ -53,7 +55,7 @@ class language_neurons:
     share:float=.05         # of all neurons: how many are specific to some language
     budget:float|None=None  # instead of `share`: a share of the model's parameters
     others:tuple=()         # the other languages, each as in `old_data`
-    by:str='entropy'        # of `BY`
+    by:str='entropy'        # of `BY`; 'random': as many neurons, if others are named or a budget is given
     rows:int=256            # how many rows of each language are read
 
     def __post_init__(self):
@@ -78,15 +80,16 @@ class language_neurons:
         return out
 
     def _neurons(self, model, batches, layers, widths, costs, seed) -> list[int]:
-        total = sum(widths)
-        if self.by == 'random' or isinstance(batches, Unread):
+        total, drawn = sum(widths), self.by == 'random' or isinstance(batches, Unread)
+        count = round(self.share*total)
+        if not drawn or self.others and self.budget is None and not isinstance(batches, Unread):
+            p = self._activity(model, batches, layers)
+            chosen, order = of_language(p, self.share), by_entropy(p)
+            count = len(chosen)
+        if drawn:
             draw = torch.Generator().manual_seed(seed)
             order = torch.randperm(total, generator=draw).tolist()
-            chosen = order[:round(self.share*total)]
-        else:
-            p = self._activity(model, batches, layers)
-            chosen = of_language(p, self.share) if self.budget is None else []
-            order = by_entropy(p)
+            chosen = order[:count]
         if self.budget is not None:
             chosen = _within(order, costs, allowed(model, self.budget))
         if not chosen:
@@ -140,14 +143,15 @@ def _lines(model, name, mine, columns) -> Tensor:
     'within a budget is our reading',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(by='random'))
 def lape(share:float=.05,    # of all neurons: how many are specific to some language; officially .01 to .05
-         others:tuple=(),    # the other languages, each as in `replay(old=)`; needed
-         by:str='entropy',   # or the paper's baseline 'random'
+         others:tuple=(),    # the other languages, each as in `replay(old=)`; needed, but not for random neurons
+         by:str='entropy',   # or the paper's baseline, as many 'random' neurons
          budget:float|None=None, # instead of `share`: a share of the model's parameters
          rows:int=256        # how many rows of each language are read
         ) -> Recipe:
     """Train the neurons that are specific to the language of the training rows (sparse subnetwork enhancement)
 
     Raises `ValueError` for a `share` outside (0, 1] and an unknown `by`, and in a run without `others`."""
-    held = [named_data(o) for o in ((others,) if isinstance(others, str) else others)]
+    single = isinstance(others, (str, Data, Mapping))
+    held = [named_data(o) for o in ((others,) if single else others)]
     select = language_neurons(share, budget, tuple(o for o, _ in held), by, rows)
     return Recipe(Method('lape', arguments=dict(others=[said for _, said in held])), select=select, delta=Slices)

@@ -24,16 +24,19 @@ __all__ = ['BY', 'attributions', 'most_often', 'least_used', 'loki']
 
 # %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6
 def attributions(model,
-                 batch:dict,      # rows, with labels or without
+                 batch:dict,      # rows, with labels or without; a classifier's with its labels
                  layers:list[str],# names of modules
                  steps:int=7      # of the integral
                 ) -> list[Tensor]: # of each layer: float32 [rows, width]
     """Integrate the gradient of the probability of the model's own next word over a scale of what each layer
-    writes at the prompt's last token."""
+    writes at the prompt's last token. Raises `ValueError` for text without labels and a classifier."""
     inputs, place = model_inputs(batch), _last_of_prompt(batch)
     many = {k: v.repeat(steps, *[1]*(v.ndim - 1)) for k, v in inputs.items()}
     with evaluating(model), torch.enable_grad():
         logits, written = _read(model, inputs, layers)
+        if (place is None) != (logits.ndim == 2):
+            raise ValueError('loki reads rows like those that the model predicts: text for a model of text, rows with '
+                             'labels for a classifier')
         words = _at(logits, place).argmax(-1) # [rows]
         return [_integral(model, many, words, place, model.get_submodule(n), z, steps)
                 for n, z in zip(layers, written)]
@@ -46,7 +49,7 @@ def _integral(model, many, words, place, layer, z, steps):
     scale = torch.arange(1, steps + 1, device=z.device, dtype=z.dtype)/steps
     path = torch.where(scaled[..., None], scale[:, None, None, None]*z, z).requires_grad_()
     with _writing(layer, path):
-        logits = _at(model(**many).logits, place).unflatten(0, (steps, -1))
+        logits = _at(model(**many).logits, place).float().unflatten(0, (steps, -1))
     P = logits.softmax(-1).gather(-1, words.expand(steps, -1)[..., None])
     slope, = torch.autograd.grad(P.sum(), path)
     return ((z*slope.mean(0)).float()*scaled[..., None]).sum(1)
