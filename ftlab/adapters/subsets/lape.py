@@ -42,11 +42,13 @@ def of_language(p:Tensor,       # [neurons, languages]; the target is the first
     return [j for j in specific.tolist() if p[j, 0] > bar]
 
 def by_entropy(p:Tensor) -> list[int]:
-    "Order all neurons: those that are often active in the first language by their entropy, and then the others"
+    """Order all neurons: those that are often active in the first language by their entropy, and then the others
+    by how often they are active in it"""
     mine = of_language(p, 1.)
-    rest = set(range(len(p))) - set(mine)
-    H = entropies(p).tolist()
-    return mine + sorted(rest, key=lambda j: H[j])
+    known = set(mine)
+    # not by entropy: those of other languages would come first
+    often = p[:, 0].argsort(descending=True, stable=True).tolist()
+    return mine + [j for j in often if j not in known]
 
 @dataclass(frozen=True)
 class language_neurons:

@@ -30,7 +30,8 @@ def allocated(scores:dict[str, Tensor], # of each entry, by name; none below 0
     """Divide `count` parameters among LoRA, whole vectors and single entries.
     Raises `ValueError` for more than can be spent."""
     sizes = {n: _structured(s.shape, r) for n, s in scores.items()}
-    needed = {n: (vector if s.ndim == 1 else matrix)*sizes[n] - 1e-6 for n, s in scores.items()} # 70*.1 > 7
+    share = {n: vector if s.ndim == 1 else matrix for n, s in scores.items()}
+    needed = {n: share[n]*sizes[n] - 1e-6 for n in scores} # 70*.1 is above 7
 
     def whole(marked):
         "The tensors that reach their threshold if so many entries are marked"
