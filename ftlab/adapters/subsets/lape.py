@@ -156,4 +156,5 @@ def lape(share:float=.05,    # of all neurons: how many are specific to some lan
     single = isinstance(others, (str, Data, Mapping))
     held = [named_data(o) for o in ((others,) if single else others)]
     select = language_neurons(share, budget, tuple(o for o, _ in held), by, rows)
-    return Recipe(Method('lape', arguments=dict(others=[said for _, said in held])), select=select, delta=Slices)
+    named = dict(others=[said for _, said in held])
+    return Recipe(Method('lape', arguments=named), select=select, delta=Slices)

@@ -42,8 +42,9 @@ def allocated(scores:dict[str, Tensor], # of each entry, by name; none below 0
 
     low, high = 0, sum(s.numel() for s in scores.values())
     if count > (most := whole(high)[1]):
-        more = f' with LoRA of rank {r}; use a larger r, or r=0 for single entries alone' if r else ''
-        raise ValueError(f'the budget allows {count:,} parameters, and at most {most:,} can train{more}')
+        more = f' with LoRA of rank {r}; use a larger r, or r=0 for single entries alone'
+        raise ValueError(f'the budget allows {count:,} parameters, and at most {most:,} can train'
+                         + (more if r else ''))
     while low < high: # the total never falls as more entries are marked
         middle = (low + high + 1)//2
         low, high = (middle, high) if whole(middle)[1] <= count else (low, middle - 1)
