@@ -139,3 +139,18 @@ def test_a_dry_run_counts_as_many_without_rows():
     recipe = Recipe('by gradient', select=by_gradient, delta=Entries)
     assert training_bytes(toy(), recipe)['trainable'] == allowed(toy(), .02)
     assert isinstance(next(iter(gradients(toy(), Unread()).values())), torch.Tensor)
+
+
+def test_a_sample_gives_rows_of_other_data_encoded_as_its_own():
+    given = []
+    def asked(model, batches=None, seed=0):
+        given.append(batches)
+        return parts('norm')(model)
+    ftlab.fit(toy(), TOK, lab_data(), Recipe(select=asked), steps=1, progress=False)
+    other = ftlab.data('sort', n=40)
+    found = given[0].other(other, 5)
+    texts = [TOK.decode(r['input_ids']) for r in found.rows]
+    assert len(texts) == 5 and all(any(r['prompt'] in t for r in other.train) for t in texts)
+    assert found.other(other, 3).rows == given[0].other(other, 3).rows
+    with pytest.raises(ValueError, match='cannot encode other rows'):
+        sample().other(other, 3)

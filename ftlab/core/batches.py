@@ -5,7 +5,7 @@
 # %% ../../nbs/core/batches.ipynb #000341f0
 from __future__ import annotations
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import torch
 from .model import to_device
 from .tokens import IGNORE
@@ -139,11 +139,13 @@ class Sample:
                  rows:list[dict],  # encoded
                  pad_id:int,       # the padding token
                  device:torch.device|str='cpu', # where the batches should be
-                 seed:int=0        # decides the order
+                 seed:int=0,       # decides the order
+                 encode:Callable|None=None # (rows, kind) -> encoded rows: how these were made
                 ):
         if not rows:
             raise ValueError('there are no training rows to choose parameters by')
         self.rows, self.pad_id, self.device, self.seed = rows, pad_id, device, seed
+        self.encode = encode
 
     def take(self,
              n:int,     # how many rows; all, if there are fewer
@@ -154,6 +156,17 @@ class Sample:
         for i in range(0, len(picked), size):
             batch = collate([self.rows[j] for j in picked[i:i + size]], self.pad_id)
             yield to_device(batch, self.device)
+
+    def other(self,
+              data, # `Data`: what the model should keep, another language, ...
+              n:int # how many of its training rows; all, if there are fewer
+             ) -> Sample:
+        "Return rows of other data, encoded as these are. Raises `ValueError` if this sample cannot encode."
+        if self.encode is None:
+            raise ValueError('this sample cannot encode other rows; make it with encode=, as `fit` does')
+        picked = order(len(data.train), 0, self.seed)[:n].tolist()
+        rows = self.encode([data.train[i] for i in picked], data.kind)
+        return Sample(rows, self.pad_id, self.device, self.seed, self.encode)
 
 class Unread:
     "Stands for rows where none were read, as in a dry run: scores are random then"

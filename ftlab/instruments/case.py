@@ -17,7 +17,7 @@ from ..adapters.select import everything
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import Sample, collate
 from ..core.data import KINDS, Data
-from ..core.tokens import encode
+from ..core.tokens import encode, encode_all
 from ..core.model import device_of, evaluating, model_inputs, row_limit, to_device
 from ..core.recipe import Recipe
 from ..core.scorers import nll
@@ -369,7 +369,10 @@ def _rows(case, seed) -> Sample|None:
                 else [encode(r, case.tok, case.kind, case.limit) for r in case.sample])
     except Exception:
         return None
-    return Sample(rows, 0 if image else case.pad, device_of(case.model), seed) if rows else None
+    if not rows:
+        return None
+    other = lambda rows, kind: encode_all(rows, case.tok, kind, case.limit)
+    return Sample(rows, 0 if image else case.pad, device_of(case.model), seed, other)
 
 def _six_rows(case) -> dict:
     "Return a batch of validation rows if there are any, else of training rows"

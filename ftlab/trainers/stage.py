@@ -22,6 +22,7 @@ from ..core.model import checkpointing, pad_id
 from ..core.new_tokens import new_row_masks
 from ..core.recipe import Recipe, With
 from ..core.state import State
+from ..core.tokens import encode_all
 from .callbacks import KeepBest
 from .checkpoint import (bytes_of_checkpoint, header_of, load_checkpoint,
                                        save_checkpoint, survivors)
@@ -206,7 +207,10 @@ def _rest(state:State) -> None:
 # %% ../../nbs/trainers/stage.ipynb #0026191a
 def _sample(job:Job, seed:int) -> Sample|None:
     "Return the training rows for a selection; `None` if there are none"
-    return Sample(job.rows, pad_id(job.tok), job.device, seed) if job.rows else None
+    if not job.rows:
+        return None
+    encode = lambda rows, kind: encode_all(rows, job.tok, kind, job.limit)
+    return Sample(job.rows, pad_id(job.tok), job.device, seed, encode)
 
 def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     """Select, save the originals of weights that train directly, attach;

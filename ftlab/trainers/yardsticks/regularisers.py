@@ -33,9 +33,9 @@ from ..step import placed_like, whole
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'BANNED', 'AtEmbeddings', 'uniform_noise', 'neftune', 'moved', 'distance_to_start', 'l2_sp', 'focal_loss',
-           'focal', 'old_data', 'passing', 'old_rows', 'Replaying', 'replay', 'diagonal_fisher', 'base_fisher',
-           'fisher_distance', 'ewc', 'has_dropout', 'two_passes', 'dropped', 'r_drop', 'acceptable', 'rewritten',
-           'Rewriting', 'sdft']
+           'focal', 'old_data', 'named_data', 'passing', 'old_rows', 'Replaying', 'replay', 'diagonal_fisher',
+           'base_fisher', 'fisher_distance', 'ewc', 'has_dropout', 'two_passes', 'dropped', 'r_drop', 'acceptable',
+           'rewritten', 'Rewriting', 'sdft']
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00009
 def _at_least(low:float, **values):
@@ -177,6 +177,12 @@ def _said(old):
     for file in [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.is_file()):
         found.update(file.read_bytes())
     return f'{old} {found.hexdigest()}'
+
+def named_data(old # as in `old_data`
+              ) -> tuple:
+    "Return old data as a Recipe holds them, and as its record names them"
+    held = _kept(old)
+    return held, _said(held)
 
 def _recorded(name, old, **others):
     return Method(name, arguments=dict(others, old=_said(old)))
