@@ -5627,8 +5627,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                  'ftlab/trainers/losses/token_forgetting.py'),
                                                         'ftlab.trainers.losses.token_forgetting.Divided.state_dict': ( 'trainers/losses/token_forgetting.html#divided.state_dict',
                                                                                                                        'ftlab/trainers/losses/token_forgetting.py'),
-                                                        'ftlab.trainers.losses.token_forgetting._length': ( 'trainers/losses/token_forgetting.html#_length',
-                                                                                                            'ftlab/trainers/losses/token_forgetting.py'),
                                                         'ftlab.trainers.losses.token_forgetting.forget': ( 'trainers/losses/token_forgetting.html#forget',
                                                                                                            'ftlab/trainers/losses/token_forgetting.py'),
                                                         'ftlab.trainers.losses.token_forgetting.forget.weights': ( 'trainers/losses/token_forgetting.html#forget.weights',

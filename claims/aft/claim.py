@@ -19,8 +19,8 @@ def begin(seed):
     "A model tuned on worked answers, and its own answers to the questions"
     model, tok = ftlab.load('lab-s', revision='step-250')
     rows = WORLD.rows(SKILL, ROWS, 'train', seed)
-    ftlab.fit(model, tok, of(rows), Recipe(), steps=FIRST, lr=1e-3, seed=seed, schedule='cosine', batch_size=32,
-              progress=False)
+    ftlab.fit(model, tok, of(rows), Recipe(), steps=FIRST, lr=1e-3, seed=seed, schedule='cosine',
+              batch_size=32, progress=False)
     return model, tok, sampled(model, tok, rows, draws=DRAWS, seed=seed)
 
 def of(rows, **more):
@@ -40,7 +40,8 @@ def measured(model, tok, rows) -> dict:
     batch = collate(encode_each([r for *_, r in flat], tok, 'text'), tok.pad_token_id)
     logits = model(batch['input_ids'], attention_mask=batch['attention_mask']).logits
     s = scores(logits, batch['labels']).tolist()
-    sides = [[[x for (j, good, _), x in zip(flat, s) if j == i and good == g] for g in (1, 0)] for i in range(len(rows))]
+    sides = [[[x for (j, good, _), x in zip(flat, s) if j == i and good == g] for g in (1, 0)]
+             for i in range(len(rows))]
     pairs = [float(p > n) for good, bad in sides for p in good for n in bad]
     wrong = [x for _, bad in sides for x in bad]
     return dict(assessment=sum(pairs)/len(pairs), wrong=sum(wrong)/len(wrong))
@@ -49,8 +50,8 @@ def run(arm, rate, seed, split, steps):
     model, tok, rows = begin(seed)
     if ARMS[arm] is not None:
         model = copy.deepcopy(model)
-        ftlab.fit(model, tok, of(rows, carry=['right', 'wrong']), ARMS[arm], steps=steps, lr=rate, seed=seed,
-                  schedule='cosine', batch_size=BATCH, progress=False)
+        ftlab.fit(model, tok, of(rows, carry=['right', 'wrong']), ARMS[arm], steps=steps, lr=rate,
+                  seed=seed, schedule='cosine', batch_size=BATCH, progress=False)
     asked = WORLD.rows(SKILL, ITEMS if split == 'test' else 400, split, seed)
     right = [judge(r, a) for r, a in zip(asked, answers(model, tok, asked))]
     return dict(score=sum(right)/len(right), **measured(model, tok, judged(seed, split)),

@@ -60,5 +60,6 @@ def identities() -> dict[str, bool]:
     s.batch = dict(labels=labels, task=torch.tensor([0, 1, 1]), task_weight=torch.ones(3))
     s.batches, s.count = [s.batch], 6
     w = by_task().weights(s)*(labels[:, 1:] != -100)
-    return {'each task has the same share of the weights': abs(float(w[0].sum() - w[1:].sum())) < 1e-5,
+    gap = float(w[0].sum() - w[1:].sum())
+    return {'each task has the same share of the weights': abs(gap) < 1e-5,
             'the weights sum to the number of tokens': abs(float(w.sum()) - 6) < 1e-5}

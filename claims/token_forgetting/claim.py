@@ -9,8 +9,8 @@ from ftlab.lab.world import LETTERS
 from ftlab.methods import token_forgetting
 
 SKILL, ROWS, WRONG, ITEMS = 'new-procedure', 1440, .15, 1000
-ARMS = dict(forget=token_forgetting(), ignore=token_forgetting(strength=0.), full=Recipe(), clean=Recipe(),
-            base=None)
+ARMS = dict(forget=token_forgetting(), ignore=token_forgetting(strength=0.), full=Recipe(),
+            clean=Recipe(), base=None)
 
 def spoiled(row, rng) -> dict:
     "The row with every letter of its answer replaced by another with probability WRONG"
@@ -27,8 +27,9 @@ def taught(seed, clean):
 def run(arm, rate, seed, split, steps):
     model, tok = ftlab.load('lab-s')
     if ARMS[arm] is not None:
-        ftlab.fit(model, tok, taught(seed, arm == 'clean'), ARMS[arm], steps=steps, lr=rate, seed=seed,
-                  schedule='linear', warmup=round(.03*steps), batch_size=32, progress=False)
+        ftlab.fit(model, tok, taught(seed, arm == 'clean'), ARMS[arm], steps=steps, lr=rate,
+                  seed=seed, schedule='linear', warmup=round(.03*steps), batch_size=32,
+                  progress=False)
     rows = WORLD.rows(SKILL, ITEMS if split == 'test' else 400, split, seed)
     right = [judge(r, a) for r, a in zip(rows, answers(model, tok, rows))]
     return dict(score=sum(right)/len(right), items=dict(score=right))
@@ -38,5 +39,5 @@ def identities() -> dict[str, bool]:
     from ftlab.trainers.losses.token_forgetting import signs
     scores = [torch.tensor([3., 0., -1.]), torch.tensor([2., 9.])]
     on = [torch.tensor([True, True, True]), torch.tensor([True, False])]
-    found = [x.tolist() for x in signs(scores, on, .5)]
-    return {'the highest scores of all labelled tokens are positive': found == [[1, -1, -1], [1, 0]]}
+    right = [x.tolist() for x in signs(scores, on, .5)] == [[1, -1, -1], [1, 0]]
+    return {'the highest scores of all labelled tokens are positive': right}

@@ -42,7 +42,10 @@ def test_value_and_gradient_are_those_of_the_formula(constraint, sizes):
     torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-12)
     a, b = (torch.autograd.grad(x, (good, bad), allow_unused=True) for x in (ours, theirs))
     torch.testing.assert_close(a[0], b[0])
-    assert (a[1] is None or not a[1].any()) if constraint == 'detach' else torch.allclose(a[1], b[1])
+    if constraint == 'detach':
+        assert a[1] is None
+    else:
+        torch.testing.assert_close(a[1], b[1])
 
 
 def test_scores_far_apart_do_not_overflow_and_empty_sides_cost_nothing():
@@ -75,18 +78,17 @@ class Keep:
             self.batches = [{k: v.clone() for k, v in b.items()} for b in state.batches]
             self.grads = [p.grad.clone() for p in state.attached.parameters().values()]
 
-    def after_step(self, state):
-        self.loss = getattr(self, 'loss', None) or state.log[0]['loss'] if state.log else None
-
 
 @pytest.mark.parametrize('k', [1, 2])
 def test_the_first_gradient_is_that_of_the_whole_loss_written_out(k):
     keep, kept = Keep(), data(ROWS, seed=0, carry=['right', 'wrong'])
-    fit(toy(), TOK, kept, aft(beta=.2, weight=.7), callbacks=(keep,), accumulate=k, clip=None, **SETTINGS)
+    fit(toy(), TOK, kept, aft(beta=.2, weight=.7), callbacks=(keep,), accumulate=k, clip=None,
+        **SETTINGS)
     model, plain, labels, rank, questions = toy(), 0., 0, 0., 0
     assert len(keep.batches) == k
     for b in keep.batches:
-        out = model(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits.log_softmax(-1)
+        out = model(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits
+        out = out.log_softmax(-1)
         s = {}
         for i, (ids, y) in enumerate(zip(b['input_ids'], b['scored'])):
             at = [j for j in range(1, len(y)) if y[j] != -100]
@@ -110,8 +112,9 @@ def test_without_weight_it_is_plain_fine_tuning():
     assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
 
 
-@pytest.mark.parametrize('recipe', [lambda: methods.lora()*aft(**TOY), lambda: methods.hft()*aft('detach', **TOY),
-                                    lambda: aft('none', **TOY)*Recipe('near', objective=nll() + kl_to_base(.1))])
+@pytest.mark.parametrize('recipe', [
+    lambda: methods.lora()*aft(**TOY), lambda: methods.hft()*aft('detach', **TOY),
+    lambda: aft('none', **TOY)*Recipe('near', objective=nll() + kl_to_base(.1))])
 def test_it_combines(recipe):
     run = fit(toy(), TOK, lab_data(), recipe(), **SETTINGS)
     assert all(math.isfinite(r['loss']) for r in run.log) and run.log[0]['loss'] > run.log[0]['nll']
@@ -136,7 +139,8 @@ def test_real_architectures_rank_what_they_score(family):
 def test_answers_are_sampled_judged_and_not_repeated():
     rows = [dict(prompt='reverse a b =', response='b a')]*2
     random_state = torch.random.get_rng_state()
-    one, two = (sampled(toy(), TOK, rows, score=lambda r, a: len(a) % 2, draws=5, seed=3) for _ in range(2))
+    one, two = (sampled(toy(), TOK, rows, score=lambda r, a: len(a) % 2, draws=5, seed=3)
+                for _ in range(2))
     assert one == two and torch.equal(random_state, torch.random.get_rng_state())
     for r in one:
         own = r['right'] + r['wrong']

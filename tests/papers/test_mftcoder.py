@@ -108,10 +108,7 @@ def test_tasks_are_found_whatever_the_order_and_rows_without_labels_are_passed_o
     state = State(run.model, TOK, data=kept, limit=64)
     state.rows = []
     known = mark_tasks(weights=(('b', 2.),))._of_rows(state)
-    named = {TOK.decode(ids).split()[-1 if TOK.decode(ids).split()[-1] == 'a' else -2]: v
-             for ids, v in known.items()}
-    assert len(known) == 4 and sorted(v for v in known.values()) == [(0, 2.), (1, 1.), (2, 1.), (3, 1.)]
-    assert named
+    assert sorted(known.values()) == [(0, 2.), (1, 1.), (2, 1.), (3, 1.)]
 
 
 def test_a_classifier_s_labels_are_balanced_too():

@@ -122,7 +122,8 @@ def test_practice_leaves_model_and_random_numbers_alone():
     total, n = 0., 0
     for b in keep.batches:
         out = model(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits
-        total, n = total + objective.token_nll(out, b['labels']).sum(), n + int((b['labels'][:, 1:] != -100).sum())
+        total = total + objective.token_nll(out, b['labels']).sum()
+        n += int((b['labels'][:, 1:] != -100).sum())
     names = dict(model.named_parameters())
     theirs = torch.autograd.grad(total/n, list(names.values()))
     for a, b in zip(keep.grads, theirs):
@@ -184,8 +185,8 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 def test_one_row_is_too_few_and_another_loss_or_source_is_refused():
-    rows = data(dict(train=[dict(prompt='a', response='b')]*1, validation=[dict(prompt='a', response='b')],
-                     test=[dict(prompt='a', response='b')]))
+    one = [dict(prompt='a', response='b')]
+    rows = data(dict(train=one, validation=one, test=one))
     with pytest.raises(ValueError, match='at least 2 rows'):
         fit(toy(), TOK, rows, token_forgetting(), **SETTINGS)
     for other in (methods.dft(), methods.dpo()):

@@ -32,8 +32,9 @@ def sampled(model, tok, rows:list[dict], # prompts, with the columns that the ju
     "Let a model answer each prompt several times, and divide the answers by a judge"
     asked = [r for r in rows for _ in range(draws)]
     with torch.random.fork_rng():
-        said = generate(model, tok, [r['prompt'] for r in asked], sample=True, temperature=temperature,
-                        generator_seed=seed, max_new_tokens=max_new_tokens or answer_length(rows, tok))
+        said = generate(model, tok, [r['prompt'] for r in asked], sample=True,
+                        max_new_tokens=max_new_tokens or answer_length(rows, tok),
+                        temperature=temperature, generator_seed=seed)
     out = []
     for i, r in enumerate(rows):
         own = list(dict.fromkeys(a.strip() for a in said[i*draws:(i + 1)*draws]))
@@ -50,22 +51,25 @@ class Groups:
         check_text(state.data)
         self.size = state.settings['batch_size']
         self.micro = micro_size(self.size, state.settings['accumulate'])
-        texts = [[(r['response'], 1), *((a, 1) for a in _answers(r, right)), *((a, 0) for a in _answers(r, wrong))]
-                 for r in state.data.train]
+        texts = [[(a, 1) for a in (r['response'], *_answers(r, right))]
+                 + [(a, 0) for a in _answers(r, wrong)] for r in state.data.train]
         flat = [dict(r, response=a) for r, own in zip(state.data.train, texts) for a, _ in own]
         coded = iter(encode_each(flat, state.tok, 'text', state.limit))
         groups = [[(next(coded), good) for _, good in own] for own in texts]
-        kept = [[(r, good) for r, good in own if _teaches(r)] for own in groups if _teaches(own[0][0])]
+        kept = [[(r, good) for r, good in own if _teaches(r)]
+                for own in groups if _teaches(own[0][0])]
         if not kept:
             raise ValueError(f'max_length={state.limit} leaves no answer in any row; raise it')
         self.groups = kept
 
     def next(self, state) -> list[dict]:
-        picked = [self.groups[i] for i in indices(state.step, self.size, len(self.groups), state.seed)]
-        return [self._batch(picked[j:j + self.micro], state.pad_id) for j in range(0, self.size, self.micro)]
+        at = indices(state.step, self.size, len(self.groups), state.seed)
+        return [self._batch([self.groups[i] for i in at[j:j + self.micro]], state.pad_id)
+                for j in range(0, self.size, self.micro)]
 
     def _batch(self, groups, pad_id) -> dict:
-        lines = [(r, good, q, k == 0) for q, own in enumerate(groups) for k, (r, good) in enumerate(own)]
+        lines = [(r, good, q, k == 0) for q, own in enumerate(groups)
+                 for k, (r, good) in enumerate(own)]
         batch = collate([r for r, *_ in lines], pad_id)
         good, group, given = (torch.tensor(x) for x in list(zip(*lines))[1:])
         learned = batch['labels'].masked_fill(~given[:, None], IGNORE)

@@ -28,11 +28,9 @@ def losses_of_rows(state, rows:list[dict], size:int) -> list[Tensor]:
         for i in range(0, len(rows), size):
             batch = to_device(collate(rows[i:i + size], state.pad_id), state.device)
             nll = token_nll(state.model(**model_inputs(batch)).logits, batch['labels']).cpu()
-            out += [one[:_length(r)] for one, r in zip(nll, rows[i:i + size])] if nll.ndim > 1 else list(nll)
+            ends = [None if nll.ndim == 1 else len(r['labels']) - 1 for r in rows[i:i + size]]
+            out += [one if n is None else one[:n] for one, n in zip(nll, ends)]
     return out
-
-def _length(row) -> int: # of its losses
-    return len(row['labels']) - 1
 
 def practise(state, rows:list[dict], size:int) -> None:
     "Pass over the rows once, with AdamW at the run's own rate, which falls linearly"
@@ -83,7 +81,8 @@ class Divided:
         if n < 2:
             raise ValueError('token_forgetting needs at least 2 rows: some for the reference, some to learn')
         k, picked = min(max(1, round(share*n)), n - 1), order(n, 0, state.seed).tolist()
-        self.practice, self.rows = ([state.rows[i] for i in ids] for ids in (picked[:k], picked[k:]))
+        self.practice = [state.rows[i] for i in picked[:k]]
+        self.rows = [state.rows[i] for i in picked[k:]]
         self.rho, self.size, self.signs = rho, state.settings['batch_size'], None
         self.micro = micro_size(self.size, state.settings['accumulate'])
         self.labelled = [torch.tensor([True]) if isinstance(r['labels'], int)
@@ -96,10 +95,12 @@ class Divided:
             self.signs = torch.cat([x.flatten() for x in signs(scores, self.labelled, self.rho)])
         picked = indices(state.step, self.size, len(self.rows), state.seed)
         rows = [(self.rows[i], self.signs[self.ends[i]:self.ends[i + 1]].tolist()) for i in picked]
-        return [self._batch(rows[j:j + self.micro], state.pad_id) for j in range(0, self.size, self.micro)]
+        return [self._batch(rows[j:j + self.micro], state.pad_id)
+                for j in range(0, self.size, self.micro)]
 
     def _batch(self, rows, pad_id) -> dict:
-        marked = [dict(r, labels=s[0] if isinstance(r['labels'], int) else [0, *s]) for r, s in rows]
+        marked = [dict(r, labels=s[0] if isinstance(r['labels'], int) else [0, *s])
+                  for r, s in rows]
         return dict(collate([r for r, _ in rows], pad_id), sign=collate(marked, pad_id)['labels'])
 
     def state_dict(self) -> dict:
