@@ -8,7 +8,7 @@ from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.methods import mftcoder
 
 ROWS = {'longer-arithmetic': 1200, 'new-language': 1200, 'new-format': 300, 'new-procedure': 150}
-ITEMS = 250  # a task
+ITEMS = dict(test=500, validation=100)  # a task
 RECIPES = dict(mft=mftcoder('skill'), sample=mftcoder('skill', mode='sample'))
 
 @lru_cache(8)
@@ -32,7 +32,7 @@ def tuned(arm, rate, seed, steps, task=None):
     return model, tok
 
 def right(model, tok, task, split, seed) -> list[float]:
-    rows = WORLD.rows(task, ITEMS, split, seed)
+    rows = WORLD.rows(task, ITEMS[split], split, seed)
     return [judge(r, a) for r, a in zip(rows, answers(model, tok, rows))]
 
 def run(arm, rate, seed, split, steps):

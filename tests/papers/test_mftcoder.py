@@ -102,8 +102,8 @@ def test_one_task_is_plain_fine_tuning_and_a_task_without_labels_takes_nothing()
 
 
 def test_tasks_are_found_whatever_the_order_and_rows_without_labels_are_passed_over():
-    rows = [dict(prompt=f'reverse a {w} =', response=f'{w} a', task=w) for w in 'b c d e'.split()*4]
-    kept = data(rows, carry=['task'], seed=0)
+    rows = [dict(prompt=f'reverse a {w} =', response=f'{w} a', task=w) for w in 'bcde']
+    kept = data(dict(train=rows, validation=rows, test=rows), carry=['task'])
     run = fit(toy(), TOK, kept, mftcoder(weights={'b': 2.}), **SETTINGS)
     state = State(run.model, TOK, data=kept, limit=64)
     state.rows = []
