@@ -175,8 +175,8 @@ def test_what_does_not_fit_the_data_is_said(recipe, said):
 
 
 def test_a_row_in_two_tasks_and_packed_rows_are_refused():
-    twice = data([dict(prompt='a b', response='c', task=t) for t in 'xy'*20], carry=['task'],
-                 seed=0)
+    rows = [dict(prompt='a b', response='c', task=t) for t in 'xy']
+    twice = data(dict(train=rows, validation=rows, test=rows), carry=['task'])
     with pytest.raises(ValueError, match='two tasks, '):
         fit(toy(), TOK, twice, mftcoder(), **SETTINGS)
     with pytest.raises(ValueError, match='packing=False'):
