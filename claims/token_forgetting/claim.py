@@ -8,7 +8,7 @@ from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.lab.world import LETTERS
 from ftlab.methods import token_forgetting
 
-SKILL, ROWS, WRONG, ITEMS = 'new-procedure', 1440, .15, 1000
+SKILL, ROWS, WRONG, ITEMS = 'new-procedure', 4800, .15, 1000
 ARMS = dict(forget=token_forgetting(), ignore=token_forgetting(strength=0.), full=Recipe(),
             clean=Recipe(), base=None)
 
