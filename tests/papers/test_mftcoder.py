@@ -174,10 +174,22 @@ def test_what_does_not_fit_the_data_is_said(recipe, said):
         fit(toy(), TOK, lab_data(), recipe, **SETTINGS | dict(steps=20))
 
 
+def test_equal_rows_of_one_task_are_one_and_rows_that_were_cut_alike_are_refused():
+    rows = [dict(prompt=f'reverse a b {w} =', response='a b', task=t) for w, t in ('cx', 'cx', 'dy')]
+    state = State(toy(), TOK, data=data(dict(train=rows, validation=rows, test=rows), carry=['task']), limit=64)
+    state.rows = []
+    assert sorted(mark_tasks()._of_rows(state).values()) == [(0, 1.), (1, 1.)]
+    ids = [5, 6, 7]
+    state.rows = [dict(input_ids=ids, labels=ids)]*3
+    state.limit = 3
+    with pytest.raises(ValueError, match='in two tasks, x and y.* raise max_length=3 if it was cut'):
+        mark_tasks()._of_rows(state)
+
+
 def test_a_row_in_two_tasks_and_packed_rows_are_refused():
     rows = [dict(prompt='a b', response='c', task=t) for t in 'xy']
     twice = data(dict(train=rows, validation=rows, test=rows), carry=['task'])
-    with pytest.raises(ValueError, match='two tasks, '):
+    with pytest.raises(ValueError, match="the tokens of 'a b' are in two tasks, x and y; keep the row in one"):
         fit(toy(), TOK, twice, mftcoder(), **SETTINGS)
     with pytest.raises(ValueError, match='packing=False'):
         fit(toy(), TOK, lab_data(), mftcoder(**FIRST), packing=True, **SETTINGS)

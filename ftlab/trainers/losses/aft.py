@@ -126,8 +126,9 @@ class align(Term):
 @method('Making Large Language Models Better Reasoners with Alignment', '2309.02144',
     'Ranking a model\'s own right answers above its wrong ones makes it reason better, if the scores of the wrong '
     'ones are kept in range.',
-    'the abstract; the formulas are the catalogue\'s, from memory; that the data\'s answer is a positive one, the '
-    'means, the constant lowest score and beta are our reading',
+    'the abstract and the public reviews (OpenReview z7usV2BlEE: sections 4.3.1 and 4.3.2); the formulas are the '
+    'catalogue\'s, from memory; that the data\'s answer is a positive one, the means, the constant lowest score and '
+    'beta are our reading',
     toy=dict(right=lambda row: [row['response'] + ' ' + row['response'].split()[-1]],
              wrong=lambda row: [' '.join(sorted(row['response'].split())) + ' a', 'b c']))
 def aft(constraint:str='boundary',    # on wrong answers: 'boundary', 'detach' or 'none'

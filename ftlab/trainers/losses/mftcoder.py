@@ -48,10 +48,12 @@ class mark_tasks:
         coded = (state.rows if len(state.rows) == len(raw)
                  else encode_each(raw, state.tok, data.kind, state.limit))
         out = {}
-        for row, name in zip(coded, names):
+        for row, said, name in zip(coded, raw, names):
             own = (known.index(name), float(weights.get(name, 1.)))
-            if out.setdefault(tuple(row['input_ids']), own) != own:
-                raise ValueError(f'a row is in two tasks, {known[out[tuple(row["input_ids"])][0]]} and {name}')
+            if (first := out.setdefault(tuple(row['input_ids']), own)) != own:
+                text = str(said.get('prompt', said.get('text')))[:60]
+                raise ValueError(f'the tokens of {text!r} are in two tasks, {known[first[0]]} and {name}; keep the '
+                                 f'row in one of them, or raise max_length={state.limit} if it was cut')
         return out
 
     def _name(self, row) -> str:
