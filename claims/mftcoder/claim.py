@@ -7,9 +7,10 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.methods import mftcoder
 
-ROWS = {'longer-arithmetic': 1200, 'new-language': 1200, 'new-format': 300, 'new-procedure': 150}
-ITEMS = dict(test=500, validation=100)  # a task
-RECIPES = dict(mft=mftcoder('skill'), sample=mftcoder('skill', mode='sample'))
+ROWS = {'longer-arithmetic': 800, 'new-language': 800, 'new-format': 200, 'new-procedure': 100}
+ITEMS = dict(test=500, validation=50)  # a task
+RECIPES = dict(mft=mftcoder('skill'))
+LEAST = 12  # steps of a model for one task
 
 @lru_cache(8)
 def rows_of(task, seed) -> list[dict]:
@@ -36,7 +37,7 @@ def right(model, tok, task, split, seed) -> list[float]:
     return [judge(r, a) for r, a in zip(rows, answers(model, tok, rows))]
 
 def run(arm, rate, seed, split, steps):
-    "A model for each task has as many rows of it as the mixture has, and so its share of the steps"
+    "A model for each task has as many rows of it as the mixture has, and its share of the steps, or LEAST of them"
     found = {}
     if arm == 'base':
         model, tok = ftlab.load('lab-s')
@@ -44,7 +45,7 @@ def run(arm, rate, seed, split, steps):
         model, tok = tuned(arm, rate, seed, steps)
     for task, n in ROWS.items():
         if arm == 'single':
-            own = max(2, round(steps*n/sum(ROWS.values())))
+            own = max(LEAST, round(steps*n/sum(ROWS.values())))
             model, tok = tuned(arm, rate, seed, own, task)
         found[task] = right(model, tok, task, split, seed)
     means = {t: sum(x)/len(x) for t, x in found.items()}
