@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 import pytest
+from ftlab.instruments.verdicts import read_claim
 from pages import ROOT, cells, copy_project
 
 sys.path.insert(0, str(ROOT/'tools'))
@@ -38,6 +39,22 @@ def begun(tmp_path_factory) -> tuple[Path, dict[str, str]]:
                cwd=copy)
     python('tools/paper.py', keys['method'], cwd=copy)
     return copy, keys
+
+
+@pytest.mark.parametrize('kind', paper.KINDS)
+@pytest.mark.parametrize('script', ['as it is', 'runs'])
+def test_its_claim_can_be_read_and_still_can_when_a_script_runs_it(tmp_path, kind, script):
+    "A method's claim names recipes, and many a builder then writes run(), which needs what a broken run counts as"
+    key = of_kind('method', 'trainers')
+    for file, text in paper.files(paper.catalogue()[key], kind).items():
+        if file.startswith('claims/'):
+            (tmp_path/file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path/file).write_text(text, encoding='utf-8')
+    if script == 'runs':
+        (tmp_path/f'claims/{key}/claim.py').write_text(paper.SCRIPT.format(key=key), encoding='utf-8')
+    claim = read_claim(tmp_path/f'claims/{key}')
+    assert claim.runs == (kind != 'method' or script == 'runs')
+    assert all({'best', 'worst'} <= set(c) for c in claim.spec['contrast'])
 
 
 ASK = """import json, sys

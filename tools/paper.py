@@ -71,6 +71,7 @@ higher_is_better = false
 kind = "superiority"
 margin = 0.03
 best = 0.0
+worst = 1.0
 trivial = {{name = "FILL IN", arm = "scaled"}}
 
 [[control]]
