@@ -175,14 +175,17 @@ def test_what_does_not_fit_the_data_is_said(recipe, said):
 
 
 def test_equal_rows_of_one_task_are_one_and_rows_that_were_cut_alike_are_refused():
-    rows = [dict(prompt=f'reverse a b {w} =', response='a b', task=t) for w, t in ('cx', 'cx', 'dy')]
-    state = State(toy(), TOK, data=data(dict(train=rows, validation=rows, test=rows), carry=['task']), limit=64)
+    rows = [dict(prompt=f'reverse a b {w} =', response='a b', task=t)
+            for w, t in ('cx', 'cx', 'dy')]
+    tasks = data(dict(train=rows, validation=rows, test=rows), carry=['task'])
+    state = State(toy(), TOK, data=tasks, limit=64)
     state.rows = []
     assert sorted(mark_tasks()._of_rows(state).values()) == [(0, 1.), (1, 1.)]
     ids = [5, 6, 7]
     state.rows = [dict(input_ids=ids, labels=ids)]*3
     state.limit = 3
-    with pytest.raises(ValueError, match='in two tasks, x and y.* raise max_length=3 if it was cut'):
+    cut = 'in two tasks, x and y.* raise max_length=3 if it was cut'
+    with pytest.raises(ValueError, match=cut):
         mark_tasks()._of_rows(state)
 
 
