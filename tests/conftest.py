@@ -1,6 +1,7 @@
 "Which tests run, in which process, and what these processes share"
 import gc
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section('most expensive tests, CPU-seconds')
         for name, (_, cpu) in sorted(cost.items(), key=lambda o: -o[1][1])[:30]:
             terminalreporter.write_line(f'{cpu:6.1f}  {name}')
-        terminalreporter.write_line(f'{whole:6.0f}  {len(cost)} tests')
+        terminalreporter.write_line(f'{whole:6.0f}  {len(cost)} tests; the files:')
+        files = Counter()
+        for name, (_, cpu) in cost.items():
+            files[name.partition('::')[0]] += cpu
+        for name, cpu in files.most_common(20):
+            terminalreporter.write_line(f'{cpu:6.0f}  {name}')
     papers = {}
     for name, (paper, cpu) in cost.items():
         if paper and 'test_contract.py' in name:
