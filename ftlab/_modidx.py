@@ -6479,6 +6479,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'ftlab/trainers/yardsticks/regularisers.py'),
                                                         'ftlab.trainers.yardsticks.regularisers._shares': ( 'trainers/yardsticks/regularisers.html#_shares',
                                                                                                             'ftlab/trainers/yardsticks/regularisers.py'),
+                                                        'ftlab.trainers.yardsticks.regularisers._weights_alone': ( 'trainers/yardsticks/regularisers.html#_weights_alone',
+                                                                                                                   'ftlab/trainers/yardsticks/regularisers.py'),
                                                         'ftlab.trainers.yardsticks.regularisers.acceptable': ( 'trainers/yardsticks/regularisers.html#acceptable',
                                                                                                                'ftlab/trainers/yardsticks/regularisers.py'),
                                                         'ftlab.trainers.yardsticks.regularisers.base_fisher': ( 'trainers/yardsticks/regularisers.html#base_fisher',

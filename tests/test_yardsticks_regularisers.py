@@ -263,8 +263,9 @@ def test_ewc_keeps_old_rows_likelier_than_plain_fine_tuning():
     assert held < plain - .1
 
 def test_pulls_refuse_a_change_of_activations():
-    with pytest.raises(ValueError, match='changes activations'):
-        tune(Recipe(select=lora().select, delta=Offset)*methods.l2_sp())
+    for penalty in (methods.l2_sp(), made('ewc')):
+        with pytest.raises(ValueError, match='changes activations'):
+            tune(Recipe(select=lora().select, delta=Offset)*penalty)
 
 # ---------- focal
 

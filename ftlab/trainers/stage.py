@@ -320,8 +320,8 @@ def _edit(run:Run, recipe:Recipe, folder:Path) -> None:
     try:
         changes = att.changes()
         base = Originals(folder/'edited.safetensors', {n: att.before(n) for n in changes})
+        att.fold() # an edit finds every weight under its own name
         new = recipe.edit(changes, run.model)
-        att.fold()
         write_change(run.model, base,
                      {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
         run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)

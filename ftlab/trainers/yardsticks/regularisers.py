@@ -86,10 +86,17 @@ def neftune(alpha:float=5. # of the noise; the paper tries 5, 10 and 15; 0 is pl
     return Recipe(loop=Loop(callbacks=(With(AtEmbeddings, change=uniform_noise(alpha)),)))
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00015
+def _weights_alone(att) -> None:
+    for n, d in att.deltas.items():
+        if d.site != 'weight':
+            raise ValueError(f'{type(d).__name__} at {n!r} changes activations; a penalty on how far weights moved '
+                             'needs a change of weights')
+
 def moved(state) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, weight minus its value at the start, in float32) of every weight that a run changes, as the
     model stores it, with the gradient to whatever trains. Raises `ValueError` for a change on activations."""
     att = state.attached
+    _weights_alone(att)
     if 'start' not in state.extra: # read once; the base's values may lie in a file
         params = dict(att.model.named_parameters())
         state.extra['start'] = {n: placed_like(att.before(n).to(params[n].device), params[n])
@@ -97,9 +104,6 @@ def moved(state) -> Iterator[tuple[str, Tensor]]:
     for n, start in state.extra['start'].items():
         yield n, att.model.get_parameter(n).float() - start.float()
     for n, d in att.deltas.items():
-        if d.site != 'weight':
-            raise ValueError(f'{type(d).__name__} at {n!r} changes activations; a penalty on how far weights moved '
-                             'needs a change of weights')
         W = oriented(att.model, n, base_below(att.model, n)).float()
         yield n, oriented(att.model, n, d(W) - W)
 
@@ -260,11 +264,13 @@ def diagonal_fisher(call:Callable,              # (input_ids=..., ...) -> output
 def base_fisher(att,            # the change on a model, wherever training has brought it
                 rows:list[dict] # as in `diagonal_fisher`
                ) -> dict[str, Tensor]:
-    "Return the Fisher of every weight that a change changes, at the base and without dropout"
+    """Return the Fisher of every weight that a change changes, at the base and without dropout.
+    Raises `ValueError` for a change on activations"""
+    _weights_alone(att)
     model, device = att.model, rows[0]['labels'].device
     plain = {id(p): n for n, p in own_weights(model).items()}
     stored = {plain[id(p)]: n for n, p in model.named_parameters() if id(p) in plain}
-    names = [*att.whole, *(n for n, d in att.deltas.items() if d.site == 'weight')]
+    names = [*att.whole, *att.deltas]
     at = {n: att.before(n).to(device).clone().requires_grad_() for n in names}
     call = partial(functional_call, model, {stored[n]: v for n, v in at.items()})
     was, att.enabled = att.enabled, False
