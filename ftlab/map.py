@@ -338,7 +338,8 @@ QUIZ = (
              'Perhaps any single entries would have done. Only a random choice of the same size shows what the '
              'statistic adds.'),
     Question('same_direction', 'what_a_token_costs',
-             'You multiply the loss of a token by a constant weight of 0.2. What happens to the gradient in its logits?',
+             'You multiply the loss of a token by a constant weight of 0.2. What happens to the gradient in its '
+             'logits?',
              ('It is a fifth, in the same direction', 'It turns towards the words that are likelier than the right one',
               'It is a fifth at the right word only'),
              'The weight multiplies every entry alike: the right word is pulled up less, the others are pushed down '
