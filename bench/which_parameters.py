@@ -24,7 +24,8 @@ from ftlab.trainers.callbacks import Every
 
 OUT = Path(__file__).parent/'results'/'which_parameters.json'
 SEEDS = (30, 31)
-RATES = dict(random=(1e-2, 3.16e-2), gradient=(3.16e-3, 1e-2), lora=(1e-2, 3.16e-3), full=(1e-3, 3.16e-4))
+RATES = dict(random=(1e-2, 3.16e-2), gradient=(3.16e-3, 1e-2),
+             lora=(1e-2, 3.16e-3), full=(1e-3, 3.16e-4))
 METHODS = dict(random="neuroada(budget=.01, by='random', each='model')",
                gradient="neuroada(budget=.01, by='gradient', each='model')",
                lora='lora(r=1)', full='full')
@@ -55,9 +56,10 @@ def run(name: str, rate: float, seed: int) -> dict:
         now = {k: right(state.model, b) for k, b in asked.items()}
         return dict(gain=round(now['new'] - base['new'], 4), forgetting=round(base['old'] - now['old'], 4))
 
-    out = ftlab.fit(model, tok, ftlab.data('new-procedure'), methods.get(METHODS[name]), steps=STEPS, lr=rate,
-                    seed=seed, batch_size=BATCH, schedule='constant', callbacks=(Every(EVERY, measure),),
-                    progress=False)
+    recipe = methods.get(METHODS[name])
+    out = ftlab.fit(model, tok, ftlab.data('new-procedure'), recipe, steps=STEPS, lr=rate,
+                    seed=seed, batch_size=BATCH, schedule='constant', progress=False,
+                    callbacks=(Every(EVERY, measure),))
     path = [[r['step'], r['gain'], r['forgetting']] for r in out.path]
     return dict(path=path, trainable=out.cost['trainable'], saved=out.delta.nbytes,
                 cpu_seconds=round(time.process_time() - start, 1))
@@ -76,7 +78,8 @@ def main(names) -> None:
             continue
         out = run(name, rate, seed)
         kept[str(seed)] = out.pop('path')
-        found |= dict(seeds=list(SEEDS), steps=STEPS, batch_size=BATCH, methods=METHODS, versions=versions())
+        found |= dict(seeds=list(SEEDS), steps=STEPS, batch_size=BATCH, methods=METHODS,
+                      versions=versions())
         found['cost'][name] = out
         text = json.dumps(found, indent=1) + '\n'
         write_atomically(OUT, lambda p, text=text: p.write_text(text, encoding='utf-8'))

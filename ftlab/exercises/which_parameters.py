@@ -54,7 +54,8 @@ def _of_each(scores, count):
 
 def _by_share(scores, count):
     total = sum(s.numel() for s in scores.values())
-    return {n: s >= s.flatten().topk(max(1, round(count*s.numel()/total))).values[-1] for n, s in scores.items()}
+    part = {n: max(1, round(count*s.numel()/total)) for n, s in scores.items()}
+    return {n: s >= s.flatten().topk(part[n]).values[-1] for n, s in scores.items()}
 
 def _above(scores, count):
     line = torch.cat([s.flatten() for s in scores.values()]).topk(count).values[-1]
@@ -70,9 +71,11 @@ def _without_empty(scores, count):
     return {n: m for n, m in highest_entries(scores, count).items() if m.any()}
 
 # %% ../../nbs/exercises/which_parameters.ipynb #exwp08
-_scores = lambda seed, *shapes: {f'layer {i}': torch.randn(shape, generator=torch.Generator().manual_seed(seed + i))
+_drawn = lambda seed, shape: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+_scores = lambda seed, *shapes: {f'layer {i}': _drawn(seed + i, shape)
                                  for i, shape in enumerate(shapes)}
-_cases = [(_scores(0, (4, 3), (2, 5)), 5), (_scores(7, (3, 3), (6, 2), (2, 2)), 4), (_scores(3, (2, 2), (8, 4)), 1)]
+_cases = [(_scores(0, (4, 3), (2, 5)), 5), (_scores(7, (3, 3), (6, 2), (2, 2)), 4),
+          (_scores(3, (2, 2), (8, 4)), 1)]
 HIGHEST_ENTRIES = compared(
     'highest_entries', 'which_parameters',
     '`scores` maps the name of each weight to a tensor of scores, one for each entry; no two are equal, and some are '
@@ -106,7 +109,8 @@ def least_lost(paths, gain):
 
 def _read(paths, of, choose=lambda found: min(found, default=None)):
     "Return a wrong solution: each path is read by `of`, and `choose` chooses among the rates"
-    return {m: choose([x for p in rates.values() if (x := of(p)) is not None]) for m, rates in paths.items()}
+    return {m: choose([x for p in rates.values() if (x := of(p)) is not None])
+            for m, rates in paths.items()}
 
 def _at(path, gain):
     return least_lost({'': {0: path}}, gain)['']
@@ -128,7 +132,8 @@ def _worst(paths, gain):
     return _read(paths, lambda p: _at(p, gain), lambda found: max(found, default=None))
 
 def _average(paths, gain):
-    return _read(paths, lambda p: _at(p, gain), lambda found: sum(found)/len(found) if found else None)
+    mean = lambda found: sum(found)/len(found) if found else None
+    return _read(paths, lambda p: _at(p, gain), mean)
 
 def _only_those(paths, gain):
     return {m: x for m, x in least_lost(paths, gain).items() if x is not None}
@@ -137,7 +142,8 @@ def _only_those(paths, gain):
 _path = lambda *points: [(0., 0.), *points]
 _first = dict(full={1e-4: _path((.2, .02), (.5, .08)), 1e-3: _path((.6, .3), (.9, .5))},
               few={1e-2: _path((.3, .05), (.7, .2)), 1e-1: _path((.4, .5), (.2, .6))})
-_second = dict(a={1.: _path((.1, .05), (.15, .1))}, b={1.: _path((.5, .4), (.8, .7)), 2.: _path((.6, .1), (.7, .5))},
+_second = dict(a={1.: _path((.1, .05), (.15, .1))},
+               b={1.: _path((.5, .4), (.8, .7)), 2.: _path((.6, .1), (.7, .5))},
                c={1.: _path((.45, .2), (.41, .1), (.6, .3))})
 LEAST_LOST = compared(
     'least_lost', 'which_parameters',
