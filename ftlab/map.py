@@ -61,6 +61,10 @@ CHAPTERS = (
             ('delta',), ('first_light', 'what_it_cost')),
     Chapter('how_to_be_fooled', 'How to be fooled', 'How can a fair comparison give a wrong verdict?',
             20, ('probe',), ('what_it_cost', 'half_is_enough')),
+    Chapter('which_parameters', 'Which parameters?', 'At the same budget, does it matter which parameters train?',
+            20, ('select',), ('half_is_enough', 'low_rank', 'how_to_be_fooled')),
+    Chapter('what_a_token_costs', 'What should a token cost?', 'What if the loss distrusts unlikely tokens?',
+            20, ('objective',), ('what_it_cost', 'how_to_be_fooled')),
     Chapter('what_to_keep', 'What to keep', 'What must a fine-tune of your model not break, and how can it be kept?',
             20, ('source', 'probe'), ('first_light', 'what_it_cost')),
     Chapter('what_the_model_reads', 'What your model reads',
@@ -314,6 +318,44 @@ QUIZ = (
               'Both are asked the questions that the first one answers'),
              'Keeping silent is enough to make up little. At the same coverage one sees which of the two '
              'knows better what it does not know.'),
+    Question('choice_saves', 'which_parameters',
+             'Two methods train 1% of the entries with AdamW, one chosen at random and one by a statistic. '
+             'Which needs less optimizer state?',
+             ('Neither: the count decides', 'The statistic, as it wastes no entry on what is not needed',
+              'The random one, as it has no scores'),
+             'Two averages for each trained entry, wherever it is. Scores are needed once, before training.'),
+    Question('same_step', 'which_parameters',
+             'At one rate, the entries with the largest gradient learn far more than random ones and lose far '
+             'more. What do you try before you praise or blame the choice?',
+             ('A smaller rate for the first', 'More random entries, until both learn as much',
+              'More steps for both'),
+             'Where the gradient is large, the same step changes more. A smaller rate may give the same gain '
+             'with less loss; compare the two at the same gain, each over several rates.'),
+    Question('no_random_arm', 'which_parameters',
+             'Entries chosen by a new statistic learn more than LoRA with as many parameters, both tuned. '
+             'What is missing before the statistic gets the credit?',
+             ('As many random entries', 'LoRA of a higher rank', 'The same test with a model ten times larger'),
+             'Perhaps any single entries would have done. Only a random choice of the same size shows what the '
+             'statistic adds.'),
+    Question('same_direction', 'what_a_token_costs',
+             'You multiply the loss of a token by a constant weight of 0.2. What happens to the gradient in its '
+             'logits?',
+             ('It is a fifth, in the same direction', 'It turns towards the words that are likelier than the right one',
+              'It is a fifth at the right word only'),
+             'The weight multiplies every entry alike: the right word is pulled up less, the others are pushed down '
+             'less.'),
+    Question('news_or_error', 'what_a_token_costs',
+             'DFT weights each token by its probability. Which rows does it learn worst?',
+             ('Facts that the model finds very unlikely', 'Rows with a wrong answer that the model half believes',
+              'Rows that the model answers right already'),
+             'At a small probability the pull is small, whether the token is an error or news. What is half '
+             'believed pulls most.'),
+    Question('smaller_loss', 'what_a_token_costs',
+             'Trained with DFT, a model has a loss of 0.1; trained plainly, it has 0.4. Which is better?',
+             ('Not known: the weights make a loss small', 'The first, as its loss is four times smaller',
+              'The second, as its loss has more left to learn from'),
+             'A weight of at most 1 makes any loss smaller. Compare the plain negative log-likelihood, or right '
+             'answers.'),
     Question('same_score', 'what_to_keep',
              'A model is right on 60 of 100 old questions before a fine-tune, and on 60 after it. What was lost?',
              ('Not known: count the flips both ways', 'Nothing, as the score is the same',

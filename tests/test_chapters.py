@@ -1,6 +1,6 @@
-"""The chapters half_is_enough, low_rank, what_to_keep, what_the_model_reads,
-from_file_to_served and a_model_you_know: what readers write in their exercises, their classes in a real fine-tune,
-and the pages' own promises"""
+"""The chapters half_is_enough, low_rank, which_parameters, what_a_token_costs, what_to_keep,
+what_the_model_reads, from_file_to_served and a_model_you_know: what readers write in their exercises,
+their classes in a real fine-tune, and the pages' own promises"""
 import json, random, re
 from functools import partial
 from math import log10
@@ -10,14 +10,17 @@ import pytest, torch
 import ftlab
 from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.select import highest
 from ftlab.core.batches import pack
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD
 from ftlab.core.tokens import encode, piece_ids, pieces_of, prompt_ids
+from ftlab.evaluators.calibration import ece
 from ftlab.evaluators.forgetting import flips
-from ftlab.exercises import (HalfUpdate, LowRank, best_within, compare_and_choose, flipped,
-                             four_bit_bytes, half_of, labels_of, lora_from, messages_of,
-                             own_answers, pack_rows, right_answers, serving_bytes,
+from ftlab.exercises import (HalfUpdate, LowRank, best_within, budget_bytes, compare_and_choose,
+                             filtered_loss, flipped, four_bit_bytes, half_of, highest_entries,
+                             labels_of, least_lost, lora_from, messages_of, own_answers,
+                             pack_rows, pull, right_answers, serving_bytes, sureness_gap,
                              trained_numbers, training_bytes, truncate, what_to_mix,
                              where_they_part, wrong_with)
 from ftlab.exercises.what_the_model_reads import FAULTS, SHOWN
@@ -26,10 +29,14 @@ from ftlab.instruments.verdicts import bar_of, contrast, contrast_verdict
 from ftlab.instruments.winner import choose
 from ftlab.lab.models import lab_tokenizer
 from ftlab.map import measured
+from ftlab.trainers.losses.dft import probability
+from ftlab.trainers.objective import token_nll
 from pages import cells
 
 PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, compare_and_choose),
          'course/low_rank.ipynb': (truncate, trained_numbers, LowRank, lora_from),
+         'course/which_parameters.ipynb': (budget_bytes, highest_entries, least_lost),
+         'course/what_a_token_costs.ipynb': (pull, filtered_loss, sureness_gap),
          'course/what_to_keep.ipynb': (flipped, own_answers, what_to_mix),
          'course/what_the_model_reads.ipynb': (wrong_with, labels_of, where_they_part, pack_rows),
          'course/from_file_to_served.ipynb': (messages_of, best_within, serving_bytes),
@@ -526,6 +533,58 @@ def test_the_bytes_of_adapters_are_those_of_a_lora():
     shapes = [d.A.shape[1:] + d.B.shape[:1] for d in run.delta.attached.deltas.values()]
     found = serving_bytes([(b, a) for a, b in shapes], 2, 1)
     assert found['peft'] - found['plain'] == 2*run.cost['trainable']
+
+# --- which parameters, and what a token costs
+
+def test_the_exercises_on_budgets_agree_with_the_library():
+    "The highest entries of a model, and the least forgetting at a gain over all rates"
+    made = torch.Generator().manual_seed(3)
+    scores = {n: torch.rand(shape, generator=made) for n, shape in (('a', (4, 5)), ('b', (3, 3)))}
+    ours, theirs = highest_entries(scores, 6), highest(scores, 6)
+    assert all(torch.equal(m, theirs.get(n, torch.zeros_like(m))) for n, m in ours.items())
+    runs = json.loads(measured('which_parameters.json').read_text())['runs']
+    for of in runs.values():
+        paths = {r: [(g, f) for _, g, f in seeds['30']] for r, seeds in of.items()}
+        rows = [[dict(gain=g, forgetting=f) for g, f in p] for p in paths.values()]
+        read = [r['forgetting'] for p in rows if (r := at_gain(p, .3))]
+        assert abs(least_lost({'': paths}, .3)[''] - min(read)) < 1e-9
+
+
+def test_the_chapter_on_parameters_says_what_was_measured():
+    stored = json.loads(measured('which_parameters.json').read_text())
+    runs, seeds = stored['runs'], [str(s) for s in stored['seeds']]
+    ends = lambda name, rate, i: [runs[name][rate][s][-1][i] for s in seeds]
+    mean = lambda name, rate, i: sum(ends(name, rate, i))/len(seeds)
+    assert 1.7 < mean('gradient', '0.01', 1)/mean('random', '0.01', 1) < 2
+    assert 5.5 < mean('gradient', '0.01', 2)/mean('random', '0.01', 2) < 6.5
+    assert min(ends('lora', '0.01', 2)) > .8 and mean('lora', '0.00316', 1) > mean('gradient', '0.00316', 1)
+    best = {n: [max(r[1] for p in of.values() for r in p[s]) for s in seeds]
+            for n, of in runs.items()}
+    assert min(best['full']) > max(v for n, of in best.items() if n != 'full' for v in of)
+    for i, s in enumerate(seeds):
+        paths = {n: {r: [q[1:] for q in p[s]] for r, p in of.items()} for n, of in runs.items()}
+        at_40 = least_lost(paths, .4)
+        assert min(at_40, key=at_40.get) == 'full' and .055 < at_40['full'] < .075
+        assert round(100*at_40['random']) == 29 and round(100*at_40['gradient']) == (57, 14)[i]
+
+
+@pytest.mark.parametrize('power', [0., 1., 2.])
+def test_the_pull_is_what_the_loss_does(power):
+    "Autograd through `token_nll` with the weight of DFT, and for power 1 the reward of a right word"
+    z = torch.randn(1, 7, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    nll = token_nll(z, torch.tensor([4]))
+    weight = probability(power)(nll.detach())
+    found, = torch.autograd.grad((weight*nll).sum(), z, retain_graph=True)
+    assert torch.allclose(found[0], pull(z[0].detach(), 4, power), atol=1e-6)
+    if power == 1:
+        reward, = torch.autograd.grad(-z.softmax(-1)[0, 4], z)
+        assert torch.allclose(reward, found, atol=1e-6)
+
+
+def test_the_gap_is_the_librarys_calibration_error():
+    dice = torch.Generator().manual_seed(1)
+    sure, right = torch.rand(200, generator=dice), torch.rand(200, generator=dice).round()
+    assert abs(sureness_gap(sure.tolist(), right.tolist(), 10) - ece(sure, right)) < 1e-6
 
 # --- the pages
 
