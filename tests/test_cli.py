@@ -413,6 +413,7 @@ def test_a_loss_has_one_sign(call):
 
 # Errors and advice in the library that no command can print
 NOT_IN_THE_SHELL = (
+    'this sample cannot encode other rows',  # what a program made
     'use_cayley_neumann=False',           # what peft was asked for
     "use adjust='match_rms_adamw'",       # within a method's text, as the shell takes it
     'run.delta.attached.fold()',          # a model that was changed by hand

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 from .delta import Entries
 from .select import check_selection
+from ..core.anatomy import usual_name
 from ..core.four_bits import FourBit
 from ..core.model import position_table
 from ..core.recipe import name_of
@@ -57,25 +58,13 @@ def set_weights(model:nn.Module, values:Mapping[str, Tensor]) -> None:
         params[name].copy_(value)
 
 # %% ../../nbs/adapters/attach.ipynb #20247d44
-def _below(name:str) -> str|None:
-    """Return a parameter's or buffer's name without the change that is attached to the model;
-    None if it belongs to the change"""
-    parts = name.split('.')
-    if any(part.startswith('delta_') for part in parts):
-        return None
-    if 'parametrizations' not in parts:
-        return name
-    if parts[-1] != 'original':
-        return None
-    return '.'.join(p for p in parts[:-1] if p != 'parametrizations')
-
 def own_weights(model:nn.Module) -> dict[str, nn.Parameter]:
     "Return the model's own parameters by their usual names, without those of an attached change"
-    return {plain: p for name, p in model.named_parameters() if (plain := _below(name)) is not None}
+    return {u: p for n, p in model.named_parameters() if (u := usual_name(n))}
 
 def own_buffers(model:nn.Module) -> dict[str, Tensor]:
     "Return the model's own buffers, without those of an attached change"
-    return {name: b for name, b in model.named_buffers() if _below(name) == name}
+    return {name: b for name, b in model.named_buffers() if usual_name(name) == name}
 
 def base_below(model:nn.Module, name:str) -> Tensor|None:
     """Return the base's weight `name` as the model stores it, if a delta has left it in the model;

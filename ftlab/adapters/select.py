@@ -48,7 +48,7 @@ class parts:
 
     def __call__(self, model, batches=None, seed=0) -> dict:
         a, out = anatomy(model), {}
-        for n, _ in model.named_parameters():
+        for n in a.shapes:
             block, part, role = a.location(n)
             named_by_role = part in ('attention', 'mlp', 'experts') and role in self.which
             chosen = part in self.which or named_by_role

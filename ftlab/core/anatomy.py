@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from .table import html_table, text_table, to_the_left
 
 # %% auto #0
-__all__ = ['FAMILIES', 'Layout', 'Family', 'Block', 'Anatomy', 'UnknownArchitecture', 'anatomy']
+__all__ = ['FAMILIES', 'Layout', 'Family', 'Block', 'Anatomy', 'UnknownArchitecture', 'usual_name', 'anatomy']
 
 # %% ../../nbs/core/anatomy.ipynb #0009ebff
 @dataclass(frozen=True)
@@ -340,16 +340,29 @@ def _outer_norms(stem, row, params, family) -> dict[str,str]:
     return norms
 
 # %% ../../nbs/core/anatomy.ipynb #0020ebff
-def anatomy(model:nn.Module,                      # a plain transformers model, with a head or without
+def usual_name(name:str # of a parameter or buffer
+              ) -> str|None:
+    "Return the name without the change that is attached to the model; None if it belongs to the change"
+    parts = name.split('.')
+    if any(part.startswith('delta_') for part in parts):
+        return None
+    if 'parametrizations' not in parts:
+        return name
+    if parts[-1] != 'original':
+        return None
+    return '.'.join(p for p in parts[:-1] if p != 'parametrizations')
+
+def anatomy(model:nn.Module,                      # a transformers model, with a head or without
             families:dict[str,Family]=FAMILIES    # model_type -> its names
            ) -> Anatomy:
-    """Map a model's parameters to blocks, parts and roles.
+    """Map a model's parameters to blocks, parts and roles; those of an attached change are left out.
     Raises `UnknownArchitecture` if the table does not describe the model."""
     family, row = _family(model, families)
-    params = dict(model.named_parameters())
+    params = {u: p for n, p in model.named_parameters() if (u := usual_name(n))}
     listed = {id(p): n for n, p in params.items()}
     # every name of every tensor -> the one that is listed
-    alias = {n: listed[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    alias = {u: listed[id(p)] for n, p in model.named_parameters(remove_duplicate=False)
+             if (u := usual_name(n))}
     stem = _stem(model, row, params, family)
     blocks = _blocks(params, stem, row, family)
     embedding = _weight(stem + row.embedding, params)

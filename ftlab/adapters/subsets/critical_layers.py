@@ -108,7 +108,7 @@ class change_points:
         if self.at not in ('last', 'first'):
             raise ValueError(f'at is {self.at!r}; it must be last or first')
         if self.of == 'rest' and self.budget is not None:
-            raise ValueError("of='rest' trains all but some blocks, so it takes a count and no budget")
+            raise ValueError("the rest is all but some blocks, so it takes a count and no budget")
 
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: True}
         a = anatomy(model)
