@@ -13,7 +13,7 @@ def said(a):
 
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'gpt_neox', 'bert'])
-@pytest.mark.parametrize('method', ['lora', 'dora', 'shira', 's2ft', 'smt', 'ia3'])
+@pytest.mark.parametrize('method', ['lora', 'dora', 'shira', 's2ft', 'neuroada'])
 def test_the_anatomy_is_that_of_the_plain_model(family, method):
     model = tiny(family)
     plain = said(anatomy(model))
