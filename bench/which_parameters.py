@@ -1,6 +1,6 @@
-"""What the chapter "Which parameters?" shows: 1% of lab-s chosen in several ways, at two rates, two seeds.
+"""What the chapter "Which parameters?" shows: 1% of lab-s chosen in several ways, at four rates, two seeds.
 
-    python bench/which_parameters.py         # writes bench/results/which_parameters.json, about 2 CPU-minutes
+    python bench/which_parameters.py         # writes bench/results/which_parameters.json, about 5 CPU-minutes
     python bench/which_parameters.py full    # one method alone
 
 `random` and `gradient` train the same number of single entries, anywhere in attention and MLP, and differ
@@ -24,8 +24,8 @@ from ftlab.trainers.callbacks import Every
 
 OUT = Path(__file__).parent/'results'/'which_parameters.json'
 SEEDS = (30, 31)
-RATES = dict(random=(1e-2, 3.16e-2), gradient=(3.16e-3, 1e-2),
-             lora=(1e-2, 3.16e-3), full=(1e-3, 3.16e-4))
+RATES = dict(random=(1e-2, 3.16e-2, 1e-1, 3.16e-3), gradient=(3.16e-3, 1e-2, 3.16e-2, 1e-3),
+             lora=(1e-2, 3.16e-3, 1e-3, 3.16e-2), full=(1e-3, 3.16e-4, 3.16e-3, 1e-4))
 METHODS = dict(random="neuroada(budget=.01, by='random', each='model')",
                gradient="neuroada(budget=.01, by='gradient', each='model')",
                lora='lora(r=1)', full='full')
@@ -67,7 +67,8 @@ def run(name: str, rate: float, seed: int) -> dict:
 
 def wanted(names):
     "Each run once, in an order in which an interrupted script has all methods"
-    return [(n, RATES[n][i], seed) for i in range(2) for seed in SEEDS for n in names]
+    return [(n, rate, seed) for rates in zip(*(RATES[n] for n in names))
+            for seed in SEEDS for n, rate in zip(names, rates)]
 
 
 def main(names) -> None:
