@@ -180,8 +180,8 @@ class searched:
 
     def __post_init__(self):
         if self.by not in BY or min(self.trials, self.steps, self.size) < 1 or not 0 < self.lr < math.inf:
-            raise ValueError(f'by is {self.by!r}, trials {self.trials}, steps {self.steps} and the rate {self.lr}; they '
-                             f'must be one of {", ".join(BY)}, and at least 1, and above 0 and finite')
+            raise ValueError(f'by is {self.by!r}, trials {self.trials}, steps {self.steps} and the rate {self.lr}; '
+                             f'they must be one of {", ".join(BY)}, and at least 1, and above 0 and finite')
 
     def units(self, model) -> list[list[str]]: # names of the parameters of each
         "List the units. Raises `ValueError` if there are none."
