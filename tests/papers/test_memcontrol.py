@@ -104,13 +104,13 @@ def test_repeated_rows_stay_together():
         halves(sample(ROWS[:1]*5), 12)
 
 
-@pytest.mark.parametrize('budget', (.0001, .01, .1, .3))
+@pytest.mark.parametrize('budget', (.0001, .1))
 def test_a_budget_is_met_exactly_whatever_the_mask(budget):
     model = toy(hidden=64)
     count = max(1, round(budget*sum(p.numel() for p in model.parameters())))
     units = searched().units(model)
     for on in masks(len(units), 4, random.Random(0)):
-        chosen = filled(model, units, on, budget)
+        chosen = filled(model, units, on, count)
         assert sum(int(m.sum()) for m in chosen.values()) == count
     run = fit(model, TOK, lab_data(), memcontrol(2, 1, budget=budget), steps=1, batch_size=4,
               progress=False)
@@ -119,7 +119,7 @@ def test_a_budget_is_met_exactly_whatever_the_mask(budget):
 
 def test_budgets_that_cannot_be_met_and_wrong_arguments():
     with pytest.raises(ValueError, match='more than the units have'):
-        filled(toy(), searched().units(toy()), (0,), 1.)
+        memcontrol(by='random', budget=1.).select(toy())
     for wrong in (dict(by='luck'), dict(trials=0), dict(steps=0), dict(search_lr=0.)):
         with pytest.raises(ValueError, match='must be one of'):
             memcontrol(**wrong)

@@ -117,14 +117,14 @@ def masks(units:int,  # how many there are
 def filled(model,
            units:list[list[str]],  # names of the parameters of each unit
            on:Iterable[int],       # the units that should train
-           budget:float|None,      # a share of the model's parameters; None: train the units whole
+           count:int|None,         # how many parameters train, drawn from them; None: all
            seed:int=0
           ) -> dict: # {name: True or a mask}
-    "Select units. Raises `ValueError` for a budget above all of them."
+    "Select units, and more of them if they have too few parameters. Raises `ValueError` if all have too few."
     size = lambda i: sum(model.get_parameter(n).numel() for n in units[i])
-    if budget is None:
+    if count is None:
         return {n: True for i in on for n in units[i]}
-    count, on, total = allowed(model, budget), list(on), sum(map(size, range(len(units))))
+    on, total = list(on), sum(map(size, range(len(units))))
     if count > total:
         raise ValueError(f'the budget allows {count:,} parameters, more than the units have ({total:,}); use a '
                          'smaller one')
@@ -196,7 +196,10 @@ class searched:
             on = masks(len(units), 1, random.Random(seed))[0]
         else:
             on = best(self.search(model, batches, seed), self.by).on
-        return filled(model, units, on, self.budget, seed)
+        return filled(model, units, on, self._count(model), seed)
+
+    def _count(self, model):
+        return None if self.budget is None else allowed(model, self.budget)
 
     def search(self, model, sample:Sample, seed:int=0) -> list[Trial]:
         "Try masks. Raises `ValueError` without rows."
@@ -208,7 +211,7 @@ class searched:
 
     def _try(self, model, units, on, sample, seed) -> Trial:
         train, ask = halves(sample, self.rows)
-        chosen = filled(model, units, on, self.budget, seed)
+        chosen = filled(model, units, on, self._count(model), seed)
         labels = torch.as_tensor(train[0].get('labels', [0])).ndim == 0 # a classifier, whose head is fresh
         with tried(model, chosen, drawn(sample, train, self.steps, self.size), self.lr,
                    also=tuple(head_names(model)) if labels else ()):
