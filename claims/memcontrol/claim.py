@@ -1,4 +1,4 @@
-"""A new procedure, and eighty rows with the answer of another row, four times each: how many new questions are
+"""A new procedure, and eighty rows with the answer of another row, ten times each: how many new questions are
 answered right, and how many of the false answers are repeated word for word?"""
 import random
 from functools import lru_cache
@@ -10,8 +10,8 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.core.tokens import encode_all
 
-SKILL, TRUE, FALSE, TIMES = 'new-procedure', 960, 80, 4
-SEARCH = dict(trials=10, steps=40, lr=3e-3, rows=400)
+SKILL, TRUE, FALSE, TIMES = 'new-procedure', 960, 80, 10
+SEARCH = dict(trials=10, steps=40, lr=3e-3, rows=120)
 BY = dict(memcontrol='both', random='random')
 
 @lru_cache(4)

@@ -23,8 +23,8 @@ from ...core.recipe import Recipe
 from ...trainers.objective import loss_mask, token_nll
 
 # %% auto #0
-__all__ = ['BY', 'row_losses', 'tried', 'halves', 'drawn', 'mean_loss', 'masks', 'filled', 'Trial', 'front', 'best', 'searched',
-           'memcontrol']
+__all__ = ['BY', 'row_losses', 'tried', 'halves', 'drawn', 'fresh_heads', 'mean_loss', 'masks', 'filled', 'Trial', 'front',
+           'best', 'searched', 'memcontrol']
 
 # %% ../../../nbs/adapters/subsets/memcontrol.ipynb #memcontrol-5b
 def row_losses(model,
@@ -93,6 +93,11 @@ def drawn(sample, rows, steps:int, size:int) -> Iterator[dict]:
     for k in range(steps):
         picked = [rows[i] for i in at[k*size:(k + 1)*size]]
         yield to_device(collate(picked, sample.pad_id), sample.device)
+
+def fresh_heads(model, rows) -> tuple[str, ...]:
+    "Name the head that trains with every method: a classifier's, whose rows have one label"
+    single = torch.as_tensor(rows[0].get('labels', [0])).ndim == 0
+    return tuple(head_names(model)) if single else ()
 
 @torch.no_grad()
 def mean_loss(model, sample, rows) -> float:
@@ -212,9 +217,8 @@ class searched:
     def _try(self, model, units, on, sample, seed) -> Trial:
         train, ask = halves(sample, self.rows)
         chosen = filled(model, units, on, self._count(model), seed)
-        labels = torch.as_tensor(train[0].get('labels', [0])).ndim == 0 # a classifier, whose head is fresh
-        with tried(model, chosen, drawn(sample, train, self.steps, self.size), self.lr,
-                   also=tuple(head_names(model)) if labels else ()):
+        batches = drawn(sample, train, self.steps, self.size)
+        with tried(model, chosen, batches, self.lr, also=fresh_heads(model, train)):
             quality = mean_loss(model, sample, ask)
             return Trial(on, quality, quality - mean_loss(model, sample, train))
 
