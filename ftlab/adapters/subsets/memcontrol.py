@@ -233,7 +233,7 @@ class searched:
     'train_text_to_image_HPO.py lines 81 to 110, 357 to 373, 735 to 749 and 1630 to 1705; adaptors.py lines 1371 to '
     '1548; metrics_utils.py lines 168 to 196; scripts/run_HPO_svdiff1.sh); units, both objectives and the choice from '
     'the front are our reading for language models',
-    lr=1e-3, lrs=(3e-4, 1e-3, 3e-3), toy=dict(trials=2, steps=1))
+    lr=1e-3, lrs=(3e-4, 1e-3, 3e-3), toy=dict(by='random'))
 def memcontrol(trials:int=10,      # masks that are tried; the official script: 10
                steps:int=20,       # of a trial; the official script: 3,000 at batches of 128
                search_lr:float=1e-3, # of a trial; officially drawn between 1e-5 and 1e-3

@@ -169,7 +169,7 @@ class planned:
     'version 1, sections 3 and 4, Algorithms 1 and 2, Tables 4 and 6 and appendix A (no code); the loss on answers '
     'instead of a nearest centroid, offsets behind norms, and a run that starts from the base are our reading',
     lr=1e-3, lrs=(3e-4, 1e-3, 3e-3),
-    toy=dict(population=2, generations=0, supernet=1, steps=1, keep=2),
+    toy=dict(by='random'),
     waives={'folds': 'an offset behind a norm is a bias, and most models have none there'})
 def nfts(by:str='search',     # or a 'random' plan, or a corner: all 'tuned', all 'adapters', or 'both'
          population:int=8,    # the paper: 64
