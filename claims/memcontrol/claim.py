@@ -1,5 +1,5 @@
-"""A new procedure, and eighty rows with the answer of another row, ten times each: how many new questions are
-answered right, and how many of the false answers are repeated word for word?"""
+"""A new procedure, and eighty rows with the answer of another row, seven times each:
+how many new questions are answered right, and how many of the false answers are repeated word for word?"""
 import random
 from functools import lru_cache
 import ftlab
@@ -10,14 +10,16 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.core.tokens import encode_all
 
-SKILL, TRUE, FALSE, TIMES = 'new-procedure', 960, 80, 10
+SKILL, TRUE, FALSE, TIMES = 'new-procedure', 960, 80, 7
 SEARCH = dict(trials=10, steps=40, lr=3e-3, rows=120)
 BY = dict(memcontrol='both', random='random')
 
 @lru_cache(4)
-def taught(seed) -> tuple[list[dict], list[dict]]: # true rows, and rows with the answer of another one
+def taught(seed) -> tuple[list[dict], list[dict]]:
+    "True rows, and rows with the answer of another one"
     rows = WORLD.rows(SKILL, TRUE + FALSE, 'train', seed)
-    false = [dict(r, response=s['response']) for r, s in zip(rows[:FALSE], rows[1:FALSE] + rows[:1])]
+    others = rows[1:FALSE] + rows[:1]
+    false = [dict(r, response=s['response']) for r, s in zip(rows[:FALSE], others)]
     return rows[FALSE:], false
 
 def shuffled(seed) -> list[dict]:
@@ -34,11 +36,13 @@ def chosen(by, seed) -> dict:
 
 def recipe(arm, seed) -> Recipe:
     if arm in BY:
-        return Recipe(arm, select=lambda model, batches=None, s=0: chosen(BY[arm], seed))
+        mask = lambda model, batches=None, s=0: chosen(BY[arm], seed)
+        return Recipe(arm, select=mask)
     return dict(full=Recipe(), uniform=Recipe('uniform', select=parts()))[arm]
 
 def verbatim(model, tok, rows) -> list[int]:
-    return [int(a.strip() == r['response'].strip()) for a, r in zip(answers(model, tok, rows), rows)]
+    said = answers(model, tok, rows)
+    return [int(a.strip() == r['response'].strip()) for a, r in zip(said, rows)]
 
 def run(arm, rate, seed, split, steps):
     model, tok = ftlab.load('lab-s')

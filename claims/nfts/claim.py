@@ -37,20 +37,23 @@ def run(arm, rate, seed, split, steps):
     model, tok = ftlab.load('lab-s')
     trained = 0
     if arm != 'base':
-        recipe = Recipe(arm, select=lambda model, batches=None, s=0: chosen(arm, seed), delta=tuned_or_offset())
+        plan = lambda model, batches=None, s=0: chosen(arm, seed)
+        recipe = Recipe(arm, select=plan, delta=tuned_or_offset())
         done = ftlab.fit(model, tok, as_data(taught(seed)), recipe, steps=steps, lr=rate, seed=seed,
                          batch_size=16, progress=False)
         trained = sum(p.numel() for p in done.delta.attached.parameters().values())
     ask = WORLD.rows(SKILL, 1000 if split == 'test' else 400, split, seed)
     right = [judge(r, a) for r, a in zip(ask, answers(model, tok, ask))]
-    return dict(gain=sum(right)/len(ask), trained=trained, questions=len(ask), items=dict(gain=right))
+    return dict(gain=sum(right)/len(ask), trained=trained, questions=len(ask),
+                items=dict(gain=right))
 
 def identities() -> dict[str, bool]:
     model, _ = ftlab.load('lab-s')
     size = {arm: sum(model.get_parameter(n).numel() for n in planned(BY[arm]).select(model, corner))
             for arm, corner in dict(tuned=range(4), adapters=range(4, 8), both=range(8)).items()}
     new = {r['prompt'] for r in taught(0)}
-    return {'both corners together are what both trains': size['tuned'] + size['adapters'] == size['both'],
+    return {'both corners together are what both trains':
+                size['tuned'] + size['adapters'] == size['both'],
             'adapters are two vectors of the width for each block':
                 size['adapters'] == 2*len(anatomy(model).blocks)*model.config.hidden_size,
             'no row of the unseen skill is known beforehand':

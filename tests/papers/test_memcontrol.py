@@ -3,8 +3,8 @@ import random
 import pytest
 import torch
 from ftlab import data, papers
-from ftlab.adapters.subsets.memcontrol import (Trial, best, front, filled, halves, masks, memcontrol,
-                                               searched, tried)
+from ftlab.adapters.subsets.memcontrol import (Trial, best, front, filled, halves, masks,
+                                               memcontrol, searched, tried)
 from ftlab.core.batches import Sample, Unread, collate, order
 from ftlab.core.recipe import CannotCompose
 from ftlab.core.tokens import encode_all

@@ -94,7 +94,8 @@ def test_a_child_has_each_bit_from_a_parent_and_a_twentieth_flips():
 
 def test_kept_plans_are_the_fittest_at_a_distance():
     rng = random.Random(1)
-    known = {tuple(i for i in range(8) if rng.random() < .5) or (0,): rng.random() for _ in range(40)}
+    plans = [tuple(i for i in range(8) if rng.random() < .5) or (0,) for _ in range(40)]
+    known = {p: rng.random() for p in plans}
     v = {p: torch.tensor([float(i in p) for i in range(8)]) for p in known}
     far = lambda p, q: 1 - float(torch.nn.functional.cosine_similarity(v[p], v[q], 0))
     out = diverse(known, 4, .4)
@@ -107,7 +108,8 @@ def test_kept_plans_are_the_fittest_at_a_distance():
 def test_corners_and_budgets():
     model = toy(hidden=64)
     total = sum(p.numel() for p in model.parameters())
-    size = lambda c: sum(model.get_parameter(n).numel() if m is True else int(m.sum()) for n, m in c.items())
+    count = lambda n, m: model.get_parameter(n).numel() if m is True else int(m.sum())
+    size = lambda c: sum(count(n, m) for n, m in c.items())
     assert size(nfts(by='adapters').select(model)) == 2*2*64
     assert all(m is True for m in nfts(by='both').select(model).values())
     for budget in (.0005, .01, .3):
@@ -122,7 +124,8 @@ def test_corners_and_budgets():
 
 
 def test_wrong_arguments():
-    for wrong in (dict(by='luck'), dict(population=0), dict(generations=-1), dict(search_lr=math.nan)):
+    for wrong in (dict(by='luck'), dict(population=0), dict(generations=-1),
+                  dict(search_lr=math.nan)):
         with pytest.raises(ValueError, match='it must be search'):
             nfts(**wrong)
     with pytest.raises(ValueError, match='give it a Sample'):
@@ -151,7 +154,7 @@ def test_a_plan_on_every_family(family):
 
 
 def test_a_classifier_and_an_image_model():
-    run = fit(classifier(), TOK, label_data(), nfts(population=2, generations=0, supernet=1, steps=1, keep=1),
-              steps=1, batch_size=4, progress=False)
+    short = nfts(population=2, generations=0, supernet=1, steps=1, keep=1)
+    run = fit(classifier(), TOK, label_data(), short, steps=1, batch_size=4, progress=False)
     assert run.log and all(planned().units(tiny('vit'))[1])
     assert nfts().select(tiny('vit'), Unread())

@@ -89,7 +89,8 @@ def _content(row):
 
 def drawn(sample, rows, steps:int, size:int) -> Iterator[dict]:
     "Yield `steps` batches of rows, epoch after epoch"
-    at = [i for epoch in range(steps*size//len(rows) + 1) for i in order(len(rows), epoch, sample.seed).tolist()]
+    epochs = range(steps*size//len(rows) + 1)
+    at = [i for e in epochs for i in order(len(rows), e, sample.seed).tolist()]
     for k in range(steps):
         picked = [rows[i] for i in at[k*size:(k + 1)*size]]
         yield to_device(collate(picked, sample.pad_id), sample.device)
@@ -139,7 +140,8 @@ def filled(model,
         on.append(rest.pop())
     draw = torch.Generator().manual_seed(seed)
     shapes = {n: model.get_parameter(n) for i in sorted(on) for n in units[i]}
-    return highest({n: torch.rand(p.shape, generator=draw).to(p.device) for n, p in shapes.items()}, count)
+    scores = {n: torch.rand(p.shape, generator=draw).to(p.device) for n, p in shapes.items()}
+    return highest(scores, count)
 
 # %% ../../../nbs/adapters/subsets/memcontrol.ipynb #memcontrol-5h
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def best(trials:list[Trial], by:str='both') -> Trial:
     if by != 'both':
         return min(trials, key=BY[by])
     ranges = {k: [getattr(t, k) for t in trials] for k in ('quality', 'memory')}
-    far = lambda t: sum(((getattr(t, k) - min(v))/(max(v) - min(v) or 1.))**2 for k, v in ranges.items())
+    far = lambda t: sum(((getattr(t, k) - min(v))/(max(v) - min(v) or 1.))**2
+                        for k, v in ranges.items())
     return min(front(trials), key=far)
 
 # %% ../../../nbs/adapters/subsets/memcontrol.ipynb #memcontrol-5j
@@ -184,13 +187,15 @@ class searched:
     size:int=8              # rows in a batch
 
     def __post_init__(self):
-        if self.by not in BY or min(self.trials, self.steps, self.size) < 1 or not 0 < self.lr < math.inf:
+        least = min(self.trials, self.steps, self.size)
+        if self.by not in BY or least < 1 or not 0 < self.lr < math.inf:
             raise ValueError(f'by is {self.by!r}, trials {self.trials}, steps {self.steps} and the rate {self.lr}; '
                              f'they must be one of {", ".join(BY)}, and at least 1, and above 0 and finite')
 
     def units(self, model) -> list[list[str]]: # names of the parameters of each
         "List the units. Raises `ValueError` if there are none."
-        found = [list(parts(t, blocks=(b.index,))(model)) for b in anatomy(model).blocks for t in self.targets]
+        found = [list(parts(t, blocks=(b.index,))(model))
+                 for b in anatomy(model).blocks for t in self.targets]
         if not (found := [u for u in found if u]):
             raise ValueError(f'{type(model).__name__} has nothing among {", ".join(self.targets)}')
         return found
@@ -226,7 +231,9 @@ class searched:
         return f'searched({self.trials} x {self.steps}, {self.by}, {self.budget or "whole"})'
 
 # %% ../../../nbs/adapters/subsets/memcontrol.ipynb #memcontrol-6
-@method('MemControl: Mitigating Memorization in Diffusion Models via Automated Parameter Selection', '2405.19458',
+@method(
+    'MemControl: Mitigating Memorization in Diffusion Models via Automated Parameter Selection',
+    '2405.19458',
     'Tuning only the parts of a diffusion model that a search finds gives a better trade-off between quality and '
     'memorisation than other methods, with as little as 0.019% of the parameters.',
     'the abstract of version 4 and the official code (Raman1121/Diffusion_Memorization_HPO, 5a6afdd: '

@@ -148,14 +148,16 @@ class planned:
         out = {}
         for batch in drawn(sample, rows, self.supernet, self.size):
             chosen = self.select(model, masks(bits, 1, rng)[0])
-            with tried(model, chosen, [batch], self.lr, tuned_or_offset(), fresh_heads(model, rows), out) as att:
+            with tried(model, chosen, [batch], self.lr, tuned_or_offset(),
+                       fresh_heads(model, rows), out) as att:
                 out |= {n: p.detach().clone() for n, p in att.parameters().items()}
         return out
 
     def _loss(self, model, plan, sample, train, ask, shared) -> float:
         "Tune a plan from the supernet on some rows, and ask about others"
         chosen, batches = self.select(model, plan), drawn(sample, train, self.steps, self.size)
-        with tried(model, chosen, batches, self.lr, tuned_or_offset(), fresh_heads(model, train), shared):
+        with tried(model, chosen, batches, self.lr, tuned_or_offset(),
+                   fresh_heads(model, train), shared):
             loss = mean_loss(model, sample, ask)
         return loss if math.isfinite(loss) else math.inf
 
@@ -187,5 +189,6 @@ def nfts(by:str='search',     # or a 'random' plan, or a corner: all 'tuned', al
     The search costs `supernet` steps, and `steps` for each of `population` + `generations` x `parents` + `keep`
     trials at most. Raises `ValueError` for an unknown `by` and numbers out of range."""
     seen, said = named_data(seen)
-    chosen = planned(by, population, generations, parents, keep, supernet, steps, search_lr, budget=budget, seen=seen)
+    chosen = planned(by, population, generations, parents, keep, supernet, steps, search_lr,
+                     budget=budget, seen=seen)
     return Recipe(Method('nfts', arguments=dict(seen=said)), select=chosen, delta=tuned_or_offset())
