@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from ..delta import Entries, Offset
 from ..select import allowed, parts
-from .memcontrol import drawn, filled, fresh_heads, halves, masks, mean_loss, tried
+from .memcontrol import (drawn, filled, fresh_heads, halves, masks,
+                                               mean_loss, tried)
 from ...core.anatomy import anatomy
 from ...core.batches import Sample, Unread
 from ...core.paper import Method, method
