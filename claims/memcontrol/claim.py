@@ -16,10 +16,12 @@ BY = dict(memcontrol='both', random='random')
 
 @lru_cache(4)
 def taught(seed) -> tuple[list[dict], list[dict]]:
-    "True rows, and rows with the answer of another one"
+    "True rows, and rows with the answer of the next one that has another"
     rows = WORLD.rows(SKILL, TRUE + FALSE, 'train', seed)
-    others = rows[1:FALSE] + rows[:1]
-    false = [dict(r, response=s['response']) for r, s in zip(rows[:FALSE], others)]
+    lies = rows[:FALSE]
+    other = lambda i: next(s['response'] for s in lies[i + 1:] + lies[:i]
+                           if s['response'] != lies[i]['response'])
+    false = [dict(r, response=other(i)) for i, r in enumerate(lies)]
     return rows[FALSE:], false
 
 def shuffled(seed) -> list[dict]:
@@ -38,7 +40,7 @@ def recipe(arm, seed) -> Recipe:
     if arm in BY:
         mask = lambda model, batches=None, s=0: chosen(BY[arm], seed)
         return Recipe(arm, select=mask)
-    return dict(full=Recipe(), uniform=Recipe('uniform', select=parts()))[arm]
+    return Recipe()
 
 def verbatim(model, tok, rows) -> list[int]:
     said = answers(model, tok, rows)
@@ -60,9 +62,9 @@ def identities() -> dict[str, bool]:
     true, false = taught(0)
     rows = {r['prompt']: r['response'] for r in WORLD.rows(SKILL, TRUE + FALSE, 'train', 0)}
     model, _ = ftlab.load('lab-s')
-    size = lambda names: sum(model.get_parameter(n).numel() for n in names)
+    names = [n for u in searched().units(model) for n in u]
     return {'false answers are false, and true ones true':
             all(rows[r['prompt']] != r['response'] for r in false)
             and all(rows[r['prompt']] == r['response'] for r in true),
-            'all units together are what the uniform arm trains':
-            size(n for u in searched().units(model) for n in u) == size(parts()(model))}
+            'no parameter is in two units, and all units together are attention and MLP':
+            len(set(names)) == len(names) and set(names) == set(parts()(model))}

@@ -117,6 +117,13 @@ def test_a_budget_is_met_exactly_whatever_the_mask(budget):
     assert sum(p.numel() for p in run.delta.attached.parameters().values()) == count
 
 
+def test_one_target_may_be_a_name():
+    model = toy()
+    assert (memcontrol(targets='attention').select.units(model)
+            == memcontrol(targets=('attention',)).select.units(model))
+    assert len(memcontrol(targets='attention').select.units(model)) == 2
+
+
 def test_budgets_that_cannot_be_met_and_wrong_arguments():
     with pytest.raises(ValueError, match='more than the units have'):
         memcontrol(by='random', budget=1.).select(toy())
@@ -150,7 +157,7 @@ def test_a_classifier_tries_with_its_head_and_an_image_model_has_units():
     assert run.log and len(searched().units(tiny('vit'))) == 4
 
 
-def test_a_mask_composes_with_a_delta():
+def test_a_mask_composes_with_a_loss():
     from ftlab.methods import dft, hft, lora
     run = fit(toy(), TOK, data('sort', n=20), memcontrol(2, 1)*dft(), steps=1, batch_size=4,
               progress=False)

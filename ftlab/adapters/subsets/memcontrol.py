@@ -67,7 +67,6 @@ def tried(model,
             p.grad = None
         att.detach()
 
-# %% ../../../nbs/adapters/subsets/memcontrol.ipynb #memcontrol-5d
 def halves(sample:Sample,
            rows:int,    # how many different rows are used, at most
            held:float=.25 # the share of them that is held out, at least one row
@@ -143,7 +142,7 @@ def filled(model,
     scores = {n: torch.rand(p.shape, generator=draw).to(p.device) for n, p in shapes.items()}
     return highest(scores, count)
 
-# %% ../../../nbs/adapters/subsets/memcontrol.ipynb #memcontrol-5h
+# %% ../../../nbs/adapters/subsets/memcontrol.ipynb #memcontrol-5j
 @dataclass(frozen=True)
 class Trial:
     "What a trial was asked"
@@ -173,7 +172,6 @@ def best(trials:list[Trial], by:str='both') -> Trial:
                         for k, v in ranges.items())
     return min(front(trials), key=far)
 
-# %% ../../../nbs/adapters/subsets/memcontrol.ipynb #memcontrol-5j
 @dataclass(frozen=True)
 class searched:
     "Select the units of the best of a few short trials. Raises `ValueError` for arguments out of range."
@@ -237,7 +235,7 @@ class searched:
     'Tuning only the parts of a diffusion model that a search finds gives a better trade-off between quality and '
     'memorisation than other methods, with as little as 0.019% of the parameters.',
     'the abstract of version 4 and the official code (Raman1121/Diffusion_Memorization_HPO, 5a6afdd: '
-    'train_text_to_image_HPO.py lines 81 to 110, 357 to 373, 735 to 749 and 1630 to 1705; adaptors.py lines 1371 to '
+    'train_text_to_image_HPO.py lines 81 to 110, 357 to 373, 481, 735 to 749 and 1630 to 1705; adaptors.py lines 1371 to '
     '1548; metrics_utils.py lines 168 to 196; scripts/run_HPO_svdiff1.sh); units, both objectives and the choice from '
     'the front are our reading for language models',
     lr=1e-3, lrs=(3e-4, 1e-3, 3e-3), toy=dict(by='random'))
@@ -253,5 +251,6 @@ def memcontrol(trials:int=10,      # masks that are tried; the official script: 
 
     The search costs `trials` times `steps` steps of 8 rows, and the losses on `rows` rows after each trial.
     Raises `ValueError` for an unknown `by`, `trials` or `steps` below 1, a rate or `budget` out of range."""
-    chosen = searched(trials, steps, search_lr, by, budget, tuple(targets), rows)
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    chosen = searched(trials, steps, search_lr, by, budget, targets, rows)
     return Recipe(select=chosen, delta=None if budget is None else Entries)
