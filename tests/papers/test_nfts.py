@@ -5,7 +5,7 @@ import pytest
 import torch
 from ftlab import data, papers
 from ftlab.adapters.attach import attach
-from ftlab.adapters.subsets.memcontrol import halves, tried
+from ftlab.adapters.subsets.memcontrol import drawn, halves, tried
 from ftlab.adapters.subsets.nfts import crossed, diverse, evolve, nfts, planned, tuned_or_offset
 from ftlab.core.batches import Sample, Unread, order
 from ftlab.core.recipe import CannotCompose
@@ -71,6 +71,20 @@ def test_a_step_of_the_supernet_moves_what_its_plan_has_and_keeps_the_rest():
         for n, p in att.parameters().items():
             assert torch.equal(p, shared[n]) if n in shared else not p.any()
         assert not torch.equal(logits(model), logits(toy()))
+
+
+def test_the_supernet_has_one_adamw_for_all_plans(monkeypatch):
+    "Two steps of one plan are two steps of one AdamW; a plan between them that trains nothing of it changes nothing"
+    how = planned(**SHORT | dict(supernet=3, lr=1e-2))
+    plans = iter([[(0,)], [(3,)], [(0,)]])
+    monkeypatch.setattr('ftlab.adapters.subsets.nfts.masks', lambda *a: next(plans))
+    shared = how._shared(toy(), sample(), ROWS, 4, random.Random(0))
+    model, batches = toy(), list(drawn(sample(), ROWS, 3, 4))
+    with tried(model, how.select(model, (0,)), [batches[0], batches[2]], 1e-2,
+               tuned_or_offset()) as att:
+        plain = {n: p.detach().clone() for n, p in att.parameters().items()}
+    assert len(plain) == 7 and all(torch.allclose(shared[n], p, atol=1e-6) for n, p in plain.items())
+    assert len(shared) == 7 + 2
 
 
 def test_evolution_climbs_and_never_tries_a_plan_twice():

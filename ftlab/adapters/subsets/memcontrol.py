@@ -46,7 +46,8 @@ def tried(model,
           lr:float,                    # AdamW's, constant, without weight decay
           delta:Callable|None=None,    # as in `attach`
           also:tuple[str, ...]=(),     # as in `attach`
-          start:Mapping|None=None      # {name: value} from which parameters begin; None: as they are made
+          start:Mapping|None=None,     # {name: value} from which parameters begin; None: as they are made
+          moments:dict|None=None       # AdamW's state by name, which is continued and updated; None: a new one
          ) -> Iterator[Attached]:
     "Train a selection within this context, in evaluation mode; afterwards the model is what it was"
     att = attach(model, chosen, delta, also)
@@ -56,11 +57,14 @@ def tried(model,
             for n in learned.keys() & (start or {}).keys():
                 learned[n].copy_(start[n])
         step = torch.optim.AdamW(learned.values(), lr, weight_decay=0.)
+        moments = {} if moments is None else moments
+        step.state.update({learned[n]: moments[n] for n in learned.keys() & moments.keys()})
         with evaluating(model), torch.enable_grad():
             for batch in batches:
                 step.zero_grad()
                 row_losses(model, batch).mean().backward()
                 step.step()
+        moments |= {n: step.state[p] for n, p in learned.items() if p in step.state}
         yield att
     finally:
         for p in learned.values():

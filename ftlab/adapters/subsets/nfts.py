@@ -145,12 +145,12 @@ class planned:
         return min(kept, key=lambda plan: self._loss(model, plan, sample, own, own, shared)), known
 
     def _shared(self, model, sample, rows, bits, rng) -> dict: # {name: value}
-        "Train the supernet: a random plan at each step (Algorithm 1)"
-        out = {}
+        "Train the supernet: a random plan at each step (Algorithm 1), one AdamW for all"
+        out, moments = {}, {}
         for batch in drawn(sample, rows, self.supernet, self.size):
             chosen = self.select(model, masks(bits, 1, rng)[0])
             with tried(model, chosen, [batch], self.lr, tuned_or_offset(),
-                       fresh_heads(model, rows), out) as att:
+                       fresh_heads(model, rows), out, moments) as att:
                 out |= {n: p.detach().clone() for n, p in att.parameters().items()}
         return out
 
@@ -169,14 +169,16 @@ class planned:
 @method('Neural Fine-Tuning Search for Few-Shot Learning', '2306.09295',
     'Plans of which layers to tune and which to give an adapter, found by evolution in a supernet, are better in '
     'few-shot recognition than tuning all, adapters at all, or both.',
-    'version 1, sections 3 and 4, Algorithms 1 and 2, Tables 4 and 6 and appendix A (no code); the loss on answers '
+    'version 1, sections 3 and 4, Algorithms 1 and 2, Tables 4 and 6 and appendix A; the official code '
+    '(peustr/nfts-public, 2d3d44a: nfts/pipelines/search.py, nfts/pipelines/core.py, nfts/models/supernet.py, '
+    'nfts/models/ett.py), which differs and is not followed; the loss on answers '
     'instead of a nearest centroid, offsets behind norms, and a run that starts from the base are our reading',
     lr=1e-3, lrs=(3e-4, 1e-3, 3e-3),
     toy=dict(by='random'),
     waives={'folds': 'an offset behind a norm is a bias, and most models have none there'})
 def nfts(by:str='search',     # or a 'random' plan, or a corner: all 'tuned', all 'adapters', or 'both'
          population:int=8,    # the paper: 64
-         generations:int=4,   # the paper shows 15
+         generations:int=4,   # the paper shows 15; the code stops after 1,000 trials
          parents:int=4,       # the paper: 8
          keep:int=3,          # plans among which the training rows decide; the paper: 3
          supernet:int=20,     # steps; the paper: 20,000 to 160,000 episodes
