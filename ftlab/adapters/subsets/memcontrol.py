@@ -240,7 +240,8 @@ class searched:
     'memorisation than other methods, with as little as 0.019% of the parameters.',
     'the abstract of version 4 and the official code (Raman1121/Diffusion_Memorization_HPO, 5a6afdd: '
     'train_text_to_image_HPO.py lines 81 to 110, 357 to 373, 481, 735 to 749 and 1630 to 1705; adaptors.py lines '
-    '1371 to 1548; metrics_utils.py lines 168 to 196; scripts/run_HPO_svdiff1.sh); units, both objectives and the choice from '
+    '1371 to 1548; metrics_utils.py lines 168 to 196; scripts/run_HPO_svdiff1.sh); '
+    'units, both objectives and the choice from '
     'the front are our reading for language models',
     lr=1e-3, lrs=(3e-4, 1e-3, 3e-3), toy=dict(by='random'))
 def memcontrol(trials:int=10,      # masks that are tried; the official script: 10
