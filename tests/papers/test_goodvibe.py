@@ -32,17 +32,6 @@ def tune(recipe, model=None, steps=4, **more):
     return fit(model or toy(), TOK, lab_data(), recipe, steps=steps, **given)
 
 
-def neurons_of(model, masks):
-    "{block: {name: which neurons}}, and whether each mask consists of whole lines"
-    out = {}
-    for n, m in masks.items():
-        m = oriented(model, n, m)
-        lines = m.all(0) if m.all(0).any() and not m.all(1).any() else m.all(1)
-        assert int(lines.sum())*(m.numel()//len(lines)) == int(m.sum()), n
-        out.setdefault(n.split('.layer')[-1].split('.h.')[-1].split('.')[1 if 'layer' in n else 0], {})[n] = lines
-    return out
-
-
 def test_the_attribution_is_activation_times_gradient():
     model, seen = toy(), {}
 

@@ -207,7 +207,7 @@ class Alike:
     'as full fine-tuning does, with thousands of times fewer parameters.',
     'abstract of version 1, and a summary (paperium.net, article 14357); formula of the attribution, matrices, number of '
     'neurons and of clusters are our reading',
-    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
+    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(by='random'))
 def goodvibe(share:float=.1,         # of the neurons of each layer
              size:int=8,             # how many neurons share one change, on average; 1: none
              task=None,              # the yes-no task that tells which neurons matter, as in `old_data`; None: the training rows
