@@ -7,7 +7,7 @@ from toys import TOK, assert_resumes, lab_data, toy
 from ftlab import papers
 from ftlab.adapters.attach import attach, oriented
 from ftlab.adapters.subsets.goodvibe import Groups, attributions, goodvibe, grouped, of_behaviour
-from ftlab.core.batches import Sample, Unread, collate
+from ftlab.core.batches import Sample, Unread
 from ftlab.core.recipe import With
 from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
@@ -105,13 +105,15 @@ def test_groups_of_a_run_are_those_of_the_activations():
     deltas = run.delta.attached.deltas
     for down in DOWNS:
         three = [deltas[down.replace('down', r)] for r in ('gate', 'up', 'down')]
-        assert all(torch.equal(d.group, three[0].group) and torch.equal(d.index, three[0].index) for d in three)
+        for d in three:
+            assert torch.equal(d.group, three[0].group) and torch.equal(d.index, three[0].index)
         assert not torch.equal(three[0].group, rand.delta.attached.deltas[down].group)
         base, tuned = run.delta.attached.weight(down)
         moved = (tuned - base)[:, three[2].index]
         for k in three[2].group.unique():
             mine = moved[:, three[2].group == k]
-            assert mine.abs().max() > 0 and torch.allclose(mine, mine[:, :1].expand_as(mine), atol=1e-7)
+            assert mine.abs().max() > 0
+            assert torch.allclose(mine, mine[:, :1].expand_as(mine), atol=1e-7)
 
 
 @pytest.mark.parametrize('size', (1, 4, 7))
@@ -159,7 +161,8 @@ def test_the_task_decides_if_it_is_given():
     encode = lambda rows, kind: asked.append(len(rows)) or encode_all(rows, TOK, kind)
     rows = [dict(prompt=r['prompt'], response='good') for r in lab_data().train[:10]]
     recipe = goodvibe(.25, task=rows)
-    with_task, without = recipe.select(toy(), sample(encode=encode)), of_behaviour(.25)(toy(), sample())
+    with_task = recipe.select(toy(), sample(encode=encode))
+    without = of_behaviour(.25)(toy(), sample())
     assert asked == [10] and any(not torch.equal(with_task[n], without[n]) for n in DOWNS)
     assert recipe.arguments['task'] and tune(recipe, steps=1).cost['trainable'] > 0
 

@@ -9,9 +9,7 @@ from ftlab.adapters.attach import attach, oriented
 from ftlab.adapters.delta import Entries
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.subsets.sara import entries_of, nuclear_norm, sara, weak_weights
-from ftlab.core.batches import collate
 from ftlab.core.recipe import CannotCompose
-from ftlab.core.tokens import encode
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.optimizers.mezo import mezo

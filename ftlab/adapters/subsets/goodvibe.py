@@ -34,7 +34,8 @@ def attributions(model,
                 ) -> list[Tensor]: # of each layer: float32 [neurons]
     "Return the absolute sum over tokens of what each neuron writes times the gradient of the loss with respect to it"
     G = gradients(model, batches, layers, 'mean', rows)
-    return [oriented(model, n, model.get_parameter(n).detach().float()*G[n]).sum(0).abs() for n in layers]
+    W = {n: model.get_parameter(n).detach().float() for n in layers}
+    return [oriented(model, n, W[n]*G[n]).sum(0).abs() for n in layers]
 
 @dataclass(frozen=True)
 class of_behaviour:
@@ -80,9 +81,10 @@ class of_behaviour:
                  for mlp, w in zip(layers, widths)]
         left, most = allowed(model, self.budget), [math.ceil(w/self.size) for w in widths]
         if not min(costs) <= left <= sum(c*m for c, m in zip(costs, most)) + min(costs) - 1:
-            raise ValueError(f'the budget allows {left:,} parameters; the changes of groups of {self.size} neurons have '
+            raise ValueError(f'the budget allows {left:,} parameters; groups of {self.size} neurons have '
                              f'{min(costs):,} to {sum(c*m for c, m in zip(costs, most)):,}')
-        order, groups = sorted(range(len(widths)), key=lambda i: -float(scores[i].sum())), [0]*len(widths)
+        order = sorted(range(len(widths)), key=lambda i: -float(scores[i].sum()))
+        groups = [0]*len(widths)
         while free := [i for i in order if groups[i] < most[i] and costs[i] <= left]:
             for i in free: # round by round, so that layers differ by one group at most
                 if costs[i] <= left:
@@ -123,7 +125,8 @@ class Groups(nn.Module):
         self.register_buffer('index', index)
         # until `Alike` says which neurons are alike
         self.register_buffer('group', torch.arange(len(index), device=W.device) % max(1, groups))
-        self.value = nn.Parameter(W.new_zeros((groups, W.shape[1]) if rows else (W.shape[0], groups)))
+        shape = (groups, W.shape[1]) if rows else (W.shape[0], groups)
+        self.value = nn.Parameter(W.new_zeros(shape))
         self.config = dict(size=size, rows=rows, count=len(index))
 
     def forward(self, W):
@@ -135,14 +138,16 @@ class Groups(nn.Module):
         "Return what the change adds to the layer's output: a product as narrow as there are groups"
         if self.rows:
             y = linear(x, self.value)
-            return y.new_zeros(*y.shape[:-1], self.most).index_copy_(-1, self.index, y[..., self.group])
+            out = y.new_zeros(*y.shape[:-1], self.most)
+            return out.index_copy_(-1, self.index, y[..., self.group])
         read = x.index_select(-1, self.index)
         sums = read.new_zeros(*x.shape[:-1], self.value.shape[1]).index_add(-1, self.group, read)
         return linear(sums, self.value)
 
     def check(self) -> None:
         "Raise `ValueError` for an index outside the weight, one that occurs twice, or an unknown group"
-        if len(self.index.unique()) != len(self.index) or not (0 <= self.index).all() or (self.index >= self.most).any():
+        at = self.index
+        if len(at.unique()) != len(at) or (at < 0).any() or (at >= self.most).any():
             raise ValueError(f'index must have different places from 0 to {self.most - 1}')
         groups = self.value.shape[0 if self.rows else 1]
         if not (0 <= self.group).all() or (self.group >= groups).any():
@@ -168,8 +173,8 @@ def grouped(X:Tensor,     # [neurons, samples]: what each neuron does
     "Group neurons that fire alike, by k-means"
     if groups in (1, len(X)):
         return torch.arange(len(X)) % groups
-    found = KMeans(groups, n_init=1, random_state=seed % 2**32).fit_predict(X.cpu().double().numpy())
-    return torch.from_numpy(found).long()
+    means = KMeans(groups, n_init=1, random_state=seed % 2**32)
+    return torch.from_numpy(means.fit_predict(X.cpu().double().numpy())).long()
 
 class Alike:
     "Before the first step, let neurons of a layer that fire alike share a change"
@@ -183,7 +188,8 @@ class Alike:
         layers = {}
         for n in self.deltas: # one MLP in each block
             layers.setdefault(re.search(r'^.*?\.\d+\.', n)[0], []).append(n)
-        downs = {block: next(n for n in names if not self.deltas[n].rows) for block, names in layers.items()}
+        downs = {block: next(n for n in names if not self.deltas[n].rows)
+                 for block, names in layers.items()}
         modules = [n.removesuffix('.weight') for n in downs.values()]
         sample = Sample(state.rows, state.pad_id, state.device, state.seed)
         each = [activations(state.model, [b], modules, 'mean') for b in sample.take(self.rows, 1)]
@@ -205,12 +211,12 @@ class Alike:
 @method('GoodVibe: Security-by-Vibe for LLM-Based Code Generation', '2602.10778',
     'Tuning only the neurons on which security hangs, with one change for those that fire alike, makes code as secure '
     'as full fine-tuning does, with thousands of times fewer parameters.',
-    'abstract of version 1, and a summary (paperium.net, article 14357); formula of the attribution, matrices, number of '
-    'neurons and of clusters are our reading',
+    'abstract of version 1, and a summary (paperium.net, article 14357); formula of the attribution, matrices, '
+    'number of neurons and of clusters are our reading',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(by='random'))
 def goodvibe(share:float=.1,         # of the neurons of each layer
              size:int=8,             # how many neurons share one change, on average; 1: none
-             task=None,              # the yes-no task that tells which neurons matter, as in `old_data`; None: the training rows
+             task=None,              # the yes-no task, as in `old_data`; None: the training rows
              budget:float|None=None, # instead of `share`: a share of the model's parameters, counted after sharing
              by:str='attribution',   # or 'random' neurons
              alike:str='activation', # or groups at 'random'
@@ -230,6 +236,6 @@ def goodvibe(share:float=.1,         # of the neurons of each layer
         raise ValueError(f'by is {by!r} and alike {alike!r}; they must be {" or ".join(BY)}, and {" or ".join(ALIKE)}')
     held, said = named_data(task)
     told = dict(share=share, size=size, task=said, budget=budget, by=by, alike=alike, rows=rows)
-    return Recipe(Method('goodvibe', arguments=told),
-                  select=of_behaviour(share, size, budget, held, by, rows), delta=With(Groups, size=size),
-                  loop=Loop(callbacks=(With(Alike, rows=32),)) if size > 1 and alike == 'activation' else None)
+    groups = Loop(callbacks=(With(Alike, rows=32),)) if size > 1 and alike == 'activation' else None
+    return Recipe(Method('goodvibe', arguments=told), delta=With(Groups, size=size), loop=groups,
+                  select=of_behaviour(share, size, budget, held, by, rows))

@@ -101,7 +101,8 @@ class HoldGrown:
 
     def before_load(self, state):
         self.deltas = state.attached.own
-        if any(not isinstance(d, Entries) or isinstance(d.value, DTensor) for d in self.deltas.values()):
+        fit = lambda d: isinstance(d, Entries) and not isinstance(d.value, DTensor)
+        if not all(map(fit, self.deltas.values())):
             raise ValueError('sara holds single entries of whole lists; use it with its own Entries and shard=False')
         state.extra['held'] = self.held
 
