@@ -107,7 +107,8 @@ def test_a_run_is_the_official_one_written_out(strength):
     want = official(toy(hidden=64), batches, 1e-2, strength, 3, 3e-3)
     got = run.delta.attached.values()
     off = torch.cat([(want[n] - got.get(n, want[n])).abs().flatten() for n in want])
-    moved = torch.cat([(want[n] - p.detach()).flatten() for n, p in toy(hidden=64).named_parameters()])
+    base = dict(toy(hidden=64).named_parameters())
+    moved = torch.cat([(want[n] - base[n].detach()).flatten() for n in want])
     assert moved.abs().max() > 3e-3 and (off > 1e-4).float().mean() < 1e-3 and off.mean() < 1e-6
 
 
@@ -188,8 +189,8 @@ def test_an_untied_head_takes_part_and_its_norm_does_not():
     assert 'lm_head.weight' in masks and 'model.embed_tokens.weight' in masks
     only = {n: m for n, m in masks.items() if 'lm_head' in n or 'embed' in n}
     att = attach(model, only, Entries)
-    state = type('S', (), dict(attached=att, device=torch.device('cpu'), batches=[1], seed=0, step=0,
-                               extra={}))
+    given = dict(attached=att, device=torch.device('cpu'), batches=[1], seed=0, step=0, extra={})
+    state = type('State', (), given)
     assert float(nuclear_norm(1.)(state)) == 0.
 
 
