@@ -2,6 +2,7 @@
 import math
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from tiny import inputs_for, tiny
 from toys import TOK, assert_resumes, lab_data, toy
 from ftlab import papers
@@ -116,6 +117,28 @@ def test_groups_of_a_run_are_those_of_the_activations():
             assert torch.allclose(mine, mine[:, :1].expand_as(mine), atol=1e-7)
 
 
+def test_the_groups_are_a_plain_k_means_of_what_the_chosen_neurons_do():
+    class Keep:
+        def before_fit(self, state):
+            self.rows, self.seed = state.rows, state.seed
+
+    look = Keep()
+    deltas = tune(goodvibe(.4, 8), steps=1, seed=3, callbacks=(look,)).delta.attached.deltas
+    base, means = toy(), dict.fromkeys(DOWNS, ())
+    for n in DOWNS:
+        def keep(module, args, n=n): # mean over the tokens of one row, without padding
+            means[n] += (args[0].detach()[0].mean(0),)
+        base.get_submodule(n.removesuffix('.weight')).register_forward_pre_hook(keep)
+    for batch in Sample(look.rows, TOK.pad_token_id, seed=look.seed).take(32, 1):
+        base(batch['input_ids'])
+    for n in DOWNS:
+        X = torch.stack(means[n], 1)
+        of = lambda places, n=n: KMeans(4, n_init=1, random_state=3).fit_predict(X[places].double().numpy())
+        want = torch.from_numpy(of(deltas[n].index)).long()
+        assert len(deltas[n].index) == 32 and torch.equal(deltas[n].group, want)
+        assert (of(torch.arange(32)) != want.numpy()).any()
+
+
 @pytest.mark.parametrize('size', (1, 4, 7))
 @pytest.mark.parametrize('share', (.003, .01, .05, .1))
 def test_a_budget_is_met_to_within_one_group(share, size):
@@ -132,6 +155,11 @@ def test_a_budget_is_met_to_within_one_group(share, size):
     assert 0 <= round(share*total) - trained < cost
     per = [d.value.shape[1] for n, d in att.deltas.items() if 'down' in n]
     assert max(per) - min(per + [0]*(2 - len(per))) <= 1
+
+
+def test_an_mlp_in_one_matrix_is_refused_and_named():
+    with pytest.raises(ValueError, match='gate and up in one matrix'):
+        of_behaviour(.25, by='random')(tiny('phi3'))
 
 
 def test_too_small_a_budget_names_the_smallest():

@@ -158,6 +158,29 @@ def test_grown_entries_are_held_whatever_the_step():
     assert (look.found[2] != look.found[-1]).float().mean() > .9
 
 
+def test_the_gradient_of_held_entries_takes_no_part_in_clipping():
+    class Grads:
+        def after_backward(self, state):
+            self.last = {n: state.attached.own[n].value.grad[at] for n, at in state.extra['held'].items()}
+
+    look = Grads()
+    tune(sara(5e-3), callbacks=(look,), lr=3e-3)
+    assert sum(map(len, look.last.values())) > 100 and all((g == 0).all() for g in look.last.values())
+
+
+def test_the_norm_counts_once_in_a_step_of_several_batches():
+    class Grads:
+        def after_backward(self, state):
+            self.flat = torch.cat([d.value.grad.clone() for d in state.attached.own.values()])
+
+    found = {}
+    for strength, n in ((0., 1), (3., 1), (3., 2)):
+        found[strength, n] = look = Grads()
+        tune(sara(1e-2, strength=strength), steps=1, accumulate=n, callbacks=(look,))
+    torch.testing.assert_close(found[3., 1].flat, found[3., 2].flat, atol=1e-5, rtol=1e-3)
+    assert (found[3., 1].flat - found[0., 1].flat).abs().max() > .1
+
+
 @pytest.mark.parametrize('at', (1, 4))
 def test_a_resumed_run_holds_what_the_first_one_held(at, tmp_path):
     assert_resumes(lambda **more: tune(sara(5e-3), lr=3e-3, **more), tmp_path, at)

@@ -50,7 +50,8 @@ class of_behaviour:
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask of whole rows or columns}
         layers = [b.mlp for b in anatomy(model).blocks if {'up', 'down'} <= b.mlp.keys()]
         if not layers:
-            raise ValueError(f'{type(model).__name__} has no MLP with matrices up and down outside its experts')
+            raise ValueError(f'{type(model).__name__} has no MLP with matrices up and down of their own: '
+                             'gate and up in one matrix, and experts, are not read here')
         scores = self._scores(model, batches, layers, seed)
         out = {}
         for mlp, s, count in zip(layers, scores, self._counts(model, layers, scores)):

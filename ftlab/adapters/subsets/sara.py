@@ -142,16 +142,16 @@ class HoldGrown:
 
 # %% ../../../nbs/adapters/subsets/sara.ipynb #sara-6d
 @method('SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation', '2409.06633',
-    'The smallest weights contribute nothing, and a model that is tuned through them alone keeps its abilities better '
+    'The smallest weights contribute little, and a model that is tuned through them alone keeps its abilities better '
     'than with other methods.',
-    'abstract of version 2 (ICLR 2025) and the official code (sjtuplayer/SaRA, ea21192: optim/adamw.py, '
-    'optim/adamw2.py, examples/finetune.py, finetune.sh); changes that start at 0, and a norm of attention and MLP '
-    'alone, are our reading',
+    'version 2 (ICLR 2025), sections 4.1 to 4.3, appendices B and K, and the official code (sjtuplayer/SaRA, ea21192: '
+    'optim/adamw.py, optim/adamw2.py, examples/finetune.py, finetune.sh); changes that start at 0, and a norm of '
+    'attention and MLP alone, are our reading',
     lr=1e-2, lrs=(3e-3, 1e-2, 3e-2))
 def sara(threshold:float=2e-3,     # entries below it train; the official script's
          budget:float|None=None,   # instead of `threshold`: a share of the model's parameters, the smallest
          by:str='smallest',        # or the baselines 'random' and 'largest', which give as many entries
-         strength:float=5e-4,      # of the nuclear norm; 0: without it
+         strength:float=5e-4,      # of the nuclear norm, as in the script; appendix K has 5e-3; 0: without it
          progressive:float=.5      # the share of the steps after which grown entries are held; 1: never
         ) -> Recipe:
     """Train the weights that are nearly zero (SaRA)
