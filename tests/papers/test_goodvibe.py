@@ -133,7 +133,8 @@ def test_the_groups_are_a_plain_k_means_of_what_the_chosen_neurons_do():
         base(batch['input_ids'])
     for n in DOWNS:
         X = torch.stack(means[n], 1)
-        of = lambda places, n=n: KMeans(4, n_init=1, random_state=3).fit_predict(X[places].double().numpy())
+        def of(places, X=X):
+            return KMeans(4, n_init=1, random_state=3).fit_predict(X[places].double().numpy())
         want = torch.from_numpy(of(deltas[n].index)).long()
         assert len(deltas[n].index) == 32 and torch.equal(deltas[n].group, want)
         assert (of(torch.arange(32)) != want.numpy()).any()
