@@ -150,8 +150,9 @@ class GradientDropout:
     def after_backward(self, state):
         self.seen, noted = True, state.extra.pop('general', {})
         draw = torch.Generator().manual_seed(hash((state.seed, state.step)) % 2**63)
+        scores = scores_of(state)
         for n, b in noted.items():
-            a = state.attached.parameters()[n].grad
+            a = scores[n].grad
             U = torch.rand(a.shape, generator=draw).to(a.device)
             a.mul_(1 - self.strength*(agreement(a, b) <= U))
 
