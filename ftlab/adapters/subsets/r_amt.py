@@ -19,7 +19,7 @@ __all__ = ['START', 'THRESHOLD', 'WHERE', 'Scores', 'Kept', 'switched', 'scores_
            'GradientDropout', 'r_amt']
 
 # %% ../../../nbs/adapters/subsets/r_amt.ipynb #r_amt-7
-START, THRESHOLD = 1e-2, 5e-3 # of every score
+START, THRESHOLD = 1e-2, 5e-3
 
 class Scores(nn.Module):
     "`W` with 0 at each entry whose trainable score is not above the threshold"
@@ -28,13 +28,14 @@ class Scores(nn.Module):
 
     def __init__(self,
                  W:Tensor,             # the weight, of any shape
-                 mask:Tensor|bool=True # the entries that have a score
+                 mask:Tensor|bool=True, # the entries that have a score
+                 start:float=START     # of every score
                 ):
         super().__init__()
         index = None if mask is True else mask.flatten().nonzero().squeeze(1).to(torch.int32)
         self.register_buffer('index', index)
         count = W.numel() if index is None else len(index)
-        self.score = nn.Parameter(torch.full((count,), START, dtype=W.dtype, device=W.device))
+        self.score = nn.Parameter(torch.full((count,), start, dtype=W.dtype, device=W.device))
         self.size, self.config = W.numel(), {}
 
     def forward(self, W):
@@ -166,26 +167,29 @@ class GradientDropout:
     'abstract of version 2 and the official code (wuw2019/R-AMT, 07f8d2c, code/modules/masklayers.py, '
     'code/trainers/masktuning.py lines 228 to 387, code/loss/reg_loss.py, code/configs/trainers/MASK/vit_b16.yaml); '
     'a budget, and no dropout with a fresh classifier, are our reading',
-    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), schedule='cosine')
+    lr=3e-4, lrs=(1e-4, 3e-4, 1e-3), schedule='cosine', toy=dict(start=.0051))
 def r_amt(strength:float|None=None, # lambda: what is dropped is multiplied by 1 - strength; None: see below
           l2:float=1e-4,            # the weight of the norm of each matrix of scores
+          start:float=START,        # of every score; below .005 a weight is off
           where:str='attention',    # the matrices that have switches (the paper's), of 'mlp', or of 'both'
           budget:float|None=None    # a share of the model's parameters that have a switch; None: all of these matrices
          ) -> Recipe:
     """Learn which weights of the attention to switch off (regularized attention mask tuning)
 
     `strength` is 1, or 0 with a fresh classifier, whose base has no prediction to keep.
-    Raises `ValueError` for a `strength` outside [0, 1], a negative `l2`, a `budget` outside (0, 1] and an unknown
+    Raises `ValueError` for a `strength` outside [0, 1], a negative `l2`, a low `start`, a `budget` outside (0, 1] and an unknown
     `where`."""
     if strength is not None and (isinstance(strength, bool) or not 0 <= strength <= 1):
         raise ValueError(f'strength is {strength!r}; it must be between 0 and 1, or None')
     if not 0 <= l2 < float('inf'):
         raise ValueError(f'l2 is {l2!r}; the weight of a norm must be 0 or more, and finite')
+    if not THRESHOLD < start < float('inf'):
+        raise ValueError(f'start is {start!r}; scores start above the threshold, {THRESHOLD}')
     if where not in WHERE:
         raise ValueError(f'where is {where!r}; it must be {", ".join(WHERE)}')
     if budget is not None and (isinstance(budget, bool) or not 0 < budget <= 1):
         raise ValueError(f'budget is {budget!r}; it is a share of the parameters, above 0 and at most 1')
     terms = (score_norm(l2),)*bool(l2) + (general(strength),)*(strength != 0)
     drop = With(GradientDropout, strength=1. if strength is None else strength)
-    return Recipe(select=switched(where, budget), delta=Scores,
+    return Recipe(select=switched(where, budget), delta=Scores if start == START else With(Scores, start=start),
                   objective=sum(terms, mean_nll()), loop=Loop(callbacks=(drop,)))
