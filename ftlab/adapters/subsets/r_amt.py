@@ -159,11 +159,11 @@ class GradientDropout:
 
     def after_step(self, state):
         if not self.seen:
-            raise ValueError('r_amt learns scores from their gradient, and this run computes none; use a step that does')
+            raise ValueError('r_amt learns scores from gradients, and this run computes none; use a step that does')
 
 # %% ../../../nbs/adapters/subsets/r_amt.ipynb #r_amt-10
 @method('Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Vision-Language Models', '2307.15049',
-    'Learning which frozen weights to switch off, kept in check by the zero-shot model, beats prompt and adapter tuning.',
+    'Learning which frozen weights to switch off, kept in check by the base, beats prompt and adapter tuning.',
     'abstract of version 2 and the official code (wuw2019/R-AMT, 07f8d2c, code/modules/masklayers.py, '
     'code/trainers/masktuning.py lines 228 to 387, code/loss/reg_loss.py, code/configs/trainers/MASK/vit_b16.yaml); '
     'a budget, and no dropout with a fresh classifier, are our reading',
@@ -172,7 +172,7 @@ def r_amt(strength:float|None=None, # lambda: what is dropped is multiplied by 1
           l2:float=1e-4,            # the weight of the norm of each matrix of scores
           start:float=START,        # of every score; below .005 a weight is off
           where:str='attention',    # the matrices that have switches (the paper's), of 'mlp', or of 'both'
-          budget:float|None=None    # a share of the model's parameters that have a switch; None: all of these matrices
+          budget:float|None=None    # a share of the model's parameters that have a switch; None: all of these
          ) -> Recipe:
     """Learn which weights of the attention to switch off (regularized attention mask tuning)
 

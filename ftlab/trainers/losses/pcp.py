@@ -6,7 +6,6 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
-import torch
 from ...core.generate import generate
 from ...core.paper import Method, method
 from ...core.recipe import Recipe, Share, Stages, viewed
@@ -74,7 +73,7 @@ def _reading(reads, source=None):
     'abstract of version 4 and the official code (ZhengxiangShi/PowerfulPromptFT, b4ecdea, '
     'src/convert_to_pretrain_pcp.py, src/model.py, README.md sections 3 and 4); next-token loss instead of masks, and '
     'the last weights instead of the best, are our reading')
-def pcp(prompts:tuple[str, ...]|list[str]|None=None, # without labels; None: the labelled rows are read (full supervision)
+def pcp(prompts:tuple[str, ...]|list[str]|None=None, # without labels; None: the labelled rows are read
         reads:str='prompted', # what is read: prompts with answers, 'raw' prompts, or prompts with 'shuffled' guesses
         share:float=1.,       # of the steps, for reading; each tuning has 1
         longest:int=16        # of a guessed answer, in tokens
