@@ -1,4 +1,4 @@
-"""lab-s learns from 32 labelled pairs whether an answer to a question is its own; 500 pairs have no label"""
+"lab-s learns from 32 labelled pairs whether an answer is its own; 500 pairs have no label"
 import ftlab
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import answers
@@ -6,7 +6,7 @@ from ftlab.instruments.claims import beside
 from ftlab.methods import pcp
 
 PAIRS = beside('spafit')
-WORDS = dict(yes='good', no='bad') # words of the lab, as the labels of the paper are words of RoBERTa
+WORDS = dict(yes='good', no='bad') # words that the lab knows
 LABELLED, UNLABELLED = 32, 500
 READS = dict(pcp='prompted', raw='raw', shuffled='shuffled')
 
@@ -26,7 +26,8 @@ def run(arm, rate, seed, split, steps):
     recipe = pcp(prompts, reads=READS[arm], longest=4) if arm in READS else Recipe()
     # each stage has `steps`; tuned alone, the model has those of one stage, or of all three
     total = dict(none=steps).get(arm, 3*steps)
-    ftlab.fit(model, tok, data, recipe, steps=total, batch_size=8, lr=rate, seed=seed, progress=False)
+    ftlab.fit(model, tok, data, recipe, steps=total, batch_size=8, lr=rate, seed=seed,
+              progress=False)
     hits = [int(a.split() == r['response'].split()) for a, r in zip(answers(model, tok, ask), ask)]
     return dict(gain=sum(hits)/len(hits), questions=len(hits), items=dict(gain=hits))
 

@@ -172,7 +172,7 @@ def r_amt(strength:float|None=None, # lambda: what is dropped is multiplied by 1
           l2:float=1e-4,            # the weight of the norm of each matrix of scores
           start:float=START,        # of every score; below .005 a weight is off
           where:str='attention',    # the matrices that have switches (the paper's), of 'mlp', or of 'both'
-          budget:float|None=None    # a share of the model's parameters that have a switch; None: all of these
+          budget:float|None=None    # a share of the model's parameters that have a switch; None: all
          ) -> Recipe:
     """Learn which weights of the attention to switch off (regularized attention mask tuning)
 
