@@ -177,8 +177,8 @@ def r_amt(strength:float|None=None, # lambda: what is dropped is multiplied by 1
     """Learn which weights of the attention to switch off (regularized attention mask tuning)
 
     `strength` is 1, or 0 with a fresh classifier, whose base has no prediction to keep.
-    Raises `ValueError` for a `strength` outside [0, 1], a negative `l2`, a low `start`, a `budget` outside (0, 1] and an unknown
-    `where`."""
+    Raises `ValueError` for a `strength` outside [0, 1], a negative `l2`, a low `start`, a `budget` outside (0, 1]
+    and an unknown `where`."""
     if strength is not None and (isinstance(strength, bool) or not 0 <= strength <= 1):
         raise ValueError(f'strength is {strength!r}; it must be between 0 and 1, or None')
     if not 0 <= l2 < float('inf'):
@@ -191,5 +191,6 @@ def r_amt(strength:float|None=None, # lambda: what is dropped is multiplied by 1
         raise ValueError(f'budget is {budget!r}; it is a share of the parameters, above 0 and at most 1')
     terms = (score_norm(l2),)*bool(l2) + (general(strength),)*(strength != 0)
     drop = With(GradientDropout, strength=1. if strength is None else strength)
-    return Recipe(select=switched(where, budget), delta=Scores if start == START else With(Scores, start=start),
+    delta = Scores if start == START else With(Scores, start=start)
+    return Recipe(select=switched(where, budget), delta=delta,
                   objective=sum(terms, mean_nll()), loop=Loop(callbacks=(drop,)))

@@ -86,7 +86,8 @@ def pcp(prompts:tuple[str, ...]|list[str]|None=None, # without labels; None: the
         raise ValueError(f'reads is {reads!r}; it must be {", ".join(READS)}, the last with prompts')
     if not 0 < share < float('inf') or longest < 1:
         raise ValueError(f'share is {share} and longest {longest}; they must be above 0, and at least 1')
-    if isinstance(prompts, str) or prompts is not None and not all(isinstance(x, str) for x in prompts):
+    given = () if prompts is None else prompts
+    if isinstance(given, str) or not all(isinstance(x, str) for x in given):
         raise ValueError('prompts must be a list of texts')
     tune = Recipe('tune')
     if prompts is None:
