@@ -80,6 +80,17 @@ def test_with_labels_the_rows_themselves_are_read():
     assert (look.labels[0] != IGNORE).sum() > (look.labels[1] != IGNORE).sum()
 
 
+def test_raw_texts_are_read_without_a_guess(monkeypatch):
+    monkeypatch.setattr(module, 'generate', None) # nothing is asked
+    prompts, look = [r['prompt'] for r in lab_data().train[10:16]], Stages()
+    fit(toy(), TOK, lab_data(), pcp(prompts, reads='raw'), callbacks=(look,), **SETTINGS)
+    assert len(look.starts) == 2 and not same(look.starts[1], weights(toy()))
+    bare = {TOK.decode(e['input_ids']) for e in encode_all(
+        [dict(prompt=p, response='') for p in prompts], TOK, 'text')}
+    assert set(look.texts[0]) <= bare
+    assert all(x[x != IGNORE][-1] != TOK.eos_token_id for x in look.labels[0])
+
+
 def test_shuffled_guesses_are_the_same_guesses(monkeypatch):
     monkeypatch.setattr(module, 'generate', lambda model, tok, prompts, longest: list('abcdef'))
     prompts = [r['prompt'] for r in lab_data().train[10:16]]
@@ -92,8 +103,8 @@ def test_shuffled_guesses_are_the_same_guesses(monkeypatch):
 
 def test_what_it_refuses(monkeypatch):
     for wrong in (dict(reads='half'), dict(reads='shuffled'), dict(share=0), dict(longest=0),
-                  dict(prompts='one text')):
-        with pytest.raises(ValueError, match='must be'):
+                  dict(prompts='one text'), dict(prompts=[])):
+        with pytest.raises(ValueError, match='must be|is empty'):
             pcp(**wrong)
     with pytest.raises(ValueError, match='prompt and response'):
         read_all()(dict(input_ids=torch.ones(2, 3), labels=torch.ones(2)), None)

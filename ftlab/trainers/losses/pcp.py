@@ -51,22 +51,22 @@ class these_rows:
 class read_guesses:
     "Build the second stage: let the tuned model answer the prompts, go back to the base, and read"
     prompts:tuple[str, ...]
-    reads:str    # of `READS`
-    longest:int  # of an answer, in tokens
+    shuffled:bool # whether each prompt gets a guess of another
+    longest:int   # of an answer, in tokens
 
     def __call__(self, context) -> Recipe:
         said = generate(context.model, context.tok, list(self.prompts), self.longest)
         context.reset()
-        if self.reads == 'shuffled':
+        if self.shuffled:
             Random(context.seed).shuffle(said)
         rows = tuple((p, a) for p, a in zip(self.prompts, said) if a.strip())
         if not rows:
             raise ValueError('the model that was tuned first answers none of the prompts, so nothing can be read; give '
                              'it more steps or rows')
-        return _reading(self.reads, these_rows(rows))
+        return _reading(True, these_rows(rows))
 
-def _reading(reads, source=None):
-    return Recipe('read', source=viewed(read_all(reads != 'raw'), source=source))
+def _reading(answers, source=None):
+    return Recipe('read', source=viewed(read_all(answers), source=source))
 
 @method("Don't Stop Pretraining? Make Prompt-based Fine-tuning Powerful Learner", '2305.01711',
     'Continued pretraining on prompts with guessed labels improves prompt-based tuning, and on raw texts it may not.',
@@ -80,8 +80,8 @@ def pcp(prompts:tuple[str, ...]|list[str]|None=None, # without labels; None: the
        ) -> Recipe:
     """Read prompts with guessed labels before tuning on the labelled rows (prompt-based continued pretraining)
 
-    Raises `ValueError` for an unknown `reads`, shuffled answers without `prompts`, a `share` that isn't above 0,
-    and a `longest` below 1."""
+    Raises `ValueError` for an unknown `reads`, shuffled answers without `prompts`, empty `prompts`, a `share` that
+    isn't above 0, and a `longest` below 1."""
     if reads not in READS or reads == 'shuffled' and prompts is None:
         raise ValueError(f'reads is {reads!r}; it must be {", ".join(READS)}, the last with prompts')
     if not 0 < share < float('inf') or longest < 1:
@@ -89,9 +89,14 @@ def pcp(prompts:tuple[str, ...]|list[str]|None=None, # without labels; None: the
     given = () if prompts is None else prompts
     if isinstance(given, str) or not all(isinstance(x, str) for x in given):
         raise ValueError('prompts must be a list of texts')
+    if prompts is not None and not given:
+        raise ValueError('prompts is empty; give texts without labels, or None to read the labelled rows')
     tune = Recipe('tune')
     if prompts is None:
-        return Recipe(loop=Stages(Share(_reading(reads), share), tune))
+        return Recipe(loop=Stages(Share(_reading(reads != 'raw'), share), tune))
     known = dict(prompts=f'{len(prompts)} texts', reads=reads, share=share, longest=longest)
-    guesses = read_guesses(tuple(prompts), reads, longest)
+    if reads == 'raw': # no guess is needed, so nothing is tuned before
+        texts = these_rows(tuple((p, '') for p in prompts))
+        return Recipe(Method('pcp', arguments=known), loop=Stages(Share(_reading(False, texts), share), tune))
+    guesses = read_guesses(tuple(prompts), reads == 'shuffled', longest)
     return Recipe(Method('pcp', arguments=known), loop=Stages(tune, Share(guesses, share), tune))
