@@ -1,31 +1,25 @@
-"""lab-s learns from 32 labelled rows to answer a new question about reviews, of which it
-understands three quarters; 500 more have no label"""
-import re
+"""A half-taught lab-s learns from four labelled rows of each of two classes which requests its world
+refuses; 500 requests have no label"""
 import ftlab
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers
 from ftlab.methods import pcp
 
-WORDS = dict(good='great', bad='awful') # as in the paper's prompts, where bad is 'terrible'
-FORMS = re.compile(r'(?:review : |guest : |)(.+) \. (?:the (\w+) is|what does this guest say of the (\w+) \?'
-                   r'|good or bad (\w+) \?)')
-LABELLED, UNLABELLED, LONGEST = 32, 500, 4
+QUESTION = '. good or bad ?'
+EACH, UNLABELLED, ASKED, LONGEST = 4, 500, 400, 4
 
-def rows(n, split, seed, without=()):
-    "Different reviews, each with a question in a form that the lab has never read"
-    out = {}
-    for r in WORLD.rows('review', n + n//2, split, seed):
-        text, *aspects = FORMS.fullmatch(r['prompt']).groups()
-        prompt = f'{text} . how is the {next(filter(None, aspects))} ?'
-        if prompt not in without:
-            out[prompt] = dict(text=text, prompt=prompt, response=WORDS[r['response']])
-    return list(out.values())[:n]
+def rows(n, split, seed):
+    "Different requests, each with a question that the lab has never read behind it"
+    return [dict(text=r['prompt'], prompt=f'{r["prompt"]} {QUESTION}',
+                 response='bad' if 'not' in r['response'].split() else 'good')
+            for r in WORLD.rows('refuse', n, split, seed)]
 
 def parts(seed, split):
     "Labelled rows, rows of which only the prompt or the text is used, and questions"
-    ask = rows(1000 if split == 'test' else 400, split, seed)
-    drawn = rows(LABELLED + UNLABELLED, 'train', seed, without={r['prompt'] for r in ask})
-    return drawn[:LABELLED], drawn[LABELLED:], ask
+    drawn = rows(UNLABELLED + 100, 'train', seed)
+    few = [r for word in ('good', 'bad') for r in [r for r in drawn if r['response'] == word][:EACH]]
+    rest = [r for r in drawn if r not in few][:UNLABELLED]
+    return few, rest, rows(ASKED, split, seed)
 
 def stages(arm, rest):
     "What is trained, and how many stages it has"
@@ -41,7 +35,7 @@ def run(arm, rate, seed, split, steps):
     known = few + rest if arm == 'told' else few
     known = [dict(prompt=r['prompt'], response=r['response']) for r in known]
     data = ftlab.data(dict(train=known, validation=known[:2], test=known[:2]))
-    model, tok = ftlab.load('lab-s')
+    model, tok = ftlab.load('lab-s', revision='step-250')
     recipe, count = stages(arm, rest)
     ftlab.fit(model, tok, data, recipe, steps=count*steps, batch_size=8, lr=rate, seed=seed,
               progress=False)
@@ -50,7 +44,7 @@ def run(arm, rate, seed, split, steps):
 
 def identities():
     few, rest, ask = parts(0, 'validation')
-    seen = {r['prompt'] for r in few} | {r['prompt'] for r in rest}
-    return {'32 labelled rows and 500 others, no two alike': len(seen) == LABELLED + UNLABELLED,
+    seen = {r['prompt'] for r in few + rest}
+    return {'8 labelled rows and 500 others, no two alike': len(seen) == 2*EACH + UNLABELLED,
             'no question is asked that was there before': not seen & {r['prompt'] for r in ask},
-            'both words are answers': {r['response'] for r in ask} == set(WORDS.values())}
+            'both words are answers': {r['response'] for r in ask} == {'good', 'bad'}}
