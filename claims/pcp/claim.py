@@ -1,5 +1,5 @@
-"""A half-taught lab-s learns from four labelled rows of each of two classes which requests its world
-refuses; 500 requests have no label"""
+"""A half-taught lab-s learns from four labelled rows of each of two classes which requests its
+world refuses; 500 requests have no label"""
 import ftlab
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers
@@ -17,7 +17,7 @@ def rows(n, split, seed):
 def parts(seed, split):
     "Labelled rows, rows of which only the prompt or the text is used, and questions"
     drawn = rows(UNLABELLED + 100, 'train', seed)
-    few = [r for word in ('good', 'bad') for r in [r for r in drawn if r['response'] == word][:EACH]]
+    few = [r for w in ('good', 'bad') for r in [r for r in drawn if r['response'] == w][:EACH]]
     rest = [r for r in drawn if r not in few][:UNLABELLED]
     return few, rest, rows(ASKED, split, seed)
 

@@ -97,6 +97,7 @@ def pcp(prompts:tuple[str, ...]|list[str]|None=None, # without labels; None: the
     known = dict(prompts=f'{len(prompts)} texts', reads=reads, share=share, longest=longest)
     if reads == 'raw': # no guess is needed, so nothing is tuned before
         texts = these_rows(tuple((p, '') for p in prompts))
-        return Recipe(Method('pcp', arguments=known), loop=Stages(Share(_reading(False, texts), share), tune))
+        read = Share(_reading(False, texts), share)
+        return Recipe(Method('pcp', arguments=known), loop=Stages(read, tune))
     guesses = read_guesses(tuple(prompts), reads == 'shuffled', longest)
     return Recipe(Method('pcp', arguments=known), loop=Stages(tune, Share(guesses, share), tune))
