@@ -99,6 +99,7 @@ def pack(att:Attached) -> tuple[dict, dict]:
     tensors = {n: p.detach() for n, p in att.parameters().items() if n in att.whole}
     kinds = {n: 'value' for n in att.whole}
     for n, d in att.deltas.items():
+        d = d.saved() if hasattr(d, 'saved') else d # such as a mask, which is learned as scores
         kinds[n] = [kind_of(d), d.config]
         tensors |= {f'{n}::{k}': v for k, v in d.state_dict().items()}
     return tensors, kinds
