@@ -35,7 +35,8 @@ class Conversations:
 
     def __init__(self, state, shots:int, targets:str, task:str|Callable|None):
         if state.data.kind != 'text':
-            raise ValueError(f'manyicl needs rows with a prompt and a response; the data are of kind {state.data.kind!r}')
+            raise ValueError('manyicl needs rows with a prompt and a response; the data are of kind '
+                             f'{state.data.kind!r}')
         self.rows, self.tok, self.limit = state.data.train, state.tok, state.limit or math.inf
         self.shots, self.targets, self.size = shots, targets, state.settings['batch_size']
         self.micro = micro_size(self.size, state.settings['accumulate'])

@@ -98,8 +98,8 @@ class denoise:
         seen, gone = (split(text, spans, sentinels) if how.span
                       else (text[:spans[0][0]], text[spans[0][0]:]))
         if how.span and len(spans) > len(sentinels):
-            raise ValueError(f'a row of {len(text)} tokens has {len(spans)} gaps and there are {len(sentinels)} sentinels; '
-                             'give more, or set a smaller max_length')
+            raise ValueError(f'a row of {len(text)} tokens has {len(spans)} gaps and there are {len(sentinels)} '
+                             'sentinels; give more, or set a smaller max_length')
         row = [*first, *seen, *gone, *end]
         return dict(input_ids=row, labels=[IGNORE]*(len(row) - len(gone) - len(end)) + gone + end)
 
@@ -112,19 +112,19 @@ def _id(token:str, tok) -> int:
     "Return the number of a token. Raises `ValueError` if there is none."
     number = tok.convert_tokens_to_ids(token)
     if number is None or number == tok.unk_token_id:
-        raise ValueError(f'the tokenizer has no token {token!r}; ftlab.load(name, add_tokens=[*MODES, *SENTINELS]) adds '
-                         'those that ul2 uses, or name others with modes= and sentinels=')
+        raise ValueError(f'the tokenizer has no token {token!r}; ftlab.load(name, add_tokens=[*MODES, *SENTINELS]) '
+                         'adds those that ul2 uses, or name others with modes= and sentinels=')
     return number
 
 # %% ../../../nbs/trainers/losses/ul2.ipynb #ul2-6
 @method('UL2: Unifying Language Learning Paradigms', '2205.05131',
     'Trained on a mixture of denoisers, each announced by a mode token, one model is good both at filling gaps and at '
     'continuing, and a causal model learns it in a few more steps.',
-    'the abstracts of UL2 (version 3) and UL2R (2210.11399) and code: spans of T5 (google-research/text-to-text-transfer-'
-    'transformer, t5/data/preprocessors.py), mixtures of levanter (stanford-crfm/levanter, commit 0b9c8a0, '
+    'the abstracts of UL2 (version 3) and UL2R (2210.11399) and code: spans of T5 (google-research/text-to-text-'
+    'transfer-transformer, t5/data/preprocessors.py), mixtures of levanter (stanford-crfm/levanter, commit 0b9c8a0, '
     'src/levanter/data/ul2r.py, lines 47 to 114); attention stays causal',
     toy=dict(modes=('A', 'B', 'C'), sentinels=('D', 'E', 'F', '<mask>')))
-def ul2(mixture:Sequence[Denoiser]=UL2R,           # the denoisers: `UL2R` to go on with a causal model, `UL2`, or your own
+def ul2(mixture:Sequence[Denoiser]=UL2R,           # `UL2R` to go on with a causal model, `UL2`, or your own
         modes:Sequence[str]|None=MODES,            # the tokens of the modes R, S and X; None: no mode tokens
         sentinels:Sequence[str]=SENTINELS          # the tokens of the gaps, in order
        ) -> Recipe:
