@@ -61,8 +61,9 @@ def kept(model, tok, split, seed) -> float:
     "The share of answers to old questions that greedy decoding would give"
     rows = [r for s in skills_of(tok) for r in WORLD.rows(s, 15, split, seed)]
     coded = sorted(encode_all(rows, tok, 'text'), key=lambda r: len(r['input_ids']))
-    hits = [x for i in range(0, len(coded), 64)
-            for x in teacher_forced(model.eval(), collate(coded[i:i + 64], tok.pad_token_id)).tolist()]
+    model.eval()
+    batches = [collate(coded[i:i + 64], tok.pad_token_id) for i in range(0, len(coded), 64)]
+    hits = [x for b in batches for x in teacher_forced(model, b).tolist()]
     return sum(hits)/len(hits)
 
 def run(arm, rate, seed, split, steps):
@@ -77,7 +78,8 @@ def run(arm, rate, seed, split, steps):
     if own != SHOTS:
         found = right(model, tok, asked(seed, split, own))
         as_tuned = sum(found)/len(found)
-    return dict(score=score, as_tuned=as_tuned, kept=kept(model, tok, split, seed), items=dict(score=items))
+    return dict(score=score, as_tuned=as_tuned, kept=kept(model, tok, split, seed),
+                items=dict(score=items))
 
 def identities() -> dict[str, bool]:
     import torch
@@ -89,7 +91,9 @@ def identities() -> dict[str, bool]:
     def total(c):
         b = collate([encode(c, tok, 'chat')], tok.pad_token_id)
         with torch.no_grad():
-            return float(token_nll(model(b['input_ids'], b['attention_mask']).logits, b['labels']).sum())
-    once, apart = total(conversation(rows)), sum(total(conversation(rows[:k], 'last')) for k in range(1, 7))
+            logits = model(b['input_ids'], b['attention_mask']).logits
+        return float(token_nll(logits, b['labels']).sum())
+    once = total(conversation(rows))
+    apart = sum(total(conversation(rows[:k], 'last')) for k in range(1, 7))
     return {'the loss on all answers is the sum of the losses on the last answer of each beginning':
             abs(once - apart) < 1e-3*once}

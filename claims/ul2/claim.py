@@ -6,7 +6,8 @@ import ftlab
 from ftlab.core.batches import collate
 from ftlab.core.scorers import WORLD
 from ftlab.core.tokens import IGNORE, encode
-from ftlab.trainers.losses.ul2 import MODES, SENTINELS, UL2, UL2R, Denoiser, denoise, hidden_spans, split
+from ftlab.trainers.losses.ul2 import MODES, SENTINELS, UL2, UL2R
+from ftlab.trainers.losses.ul2 import Denoiser, denoise, hidden_spans, split
 
 GAPPED = [d for d in UL2 + UL2R if d.span]
 

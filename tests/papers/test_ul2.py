@@ -128,7 +128,8 @@ def test_the_window_of_the_model_is_kept():
     seen, rows = Seen(), [dict(text=' '.join('abcdefgh'*10))]*8
     for limit in (40, 12):
         fit(toy(), TOK, data(dict(train=rows, validation=rows[:2], test=rows[:2])),
-            ul2((Denoiser('X', 1, 12, .5),), **TOY), callbacks=(seen,), max_length=limit, **SETTINGS)
+            ul2((Denoiser('X', 1, 12, .5),), **TOY), callbacks=(seen,), max_length=limit,
+            **SETTINGS)
         assert seen.batches[-1]['input_ids'].shape[1] <= limit
 
 
@@ -146,13 +147,15 @@ def test_errors_say_what_is_wrong():
     for wrong in (dict(mixture=()), dict(modes=('A', 'B')), dict(sentinels=())):
         with pytest.raises(ValueError, match='three modes or None'):
             ul2(**wrong)
-    for bad in (Denoiser('Q', 1, 3), Denoiser('R', 0, 3), Denoiser('R', 1, 3, 1.), Denoiser('X', 1, .5)):
+    for bad in (Denoiser('Q', 1, 3), Denoiser('R', 0, 3), Denoiser('R', 1, 3, 1.),
+                Denoiser('X', 1, .5)):
         with pytest.raises(ValueError, match='is no denoiser'):
             ul2((bad,))
     with pytest.raises(ValueError, match='no token .*add_tokens'):
         fit(toy(), TOK, lab_data(), ul2(), **SETTINGS)
     with pytest.raises(ValueError, match='gaps and there are 1 sentinels'):
-        fit(toy(), TOK, lab_data(), ul2((Denoiser('X', 1, 1, .5),), TOY['modes'], ('D',)), **SETTINGS)
+        one = ul2((Denoiser('X', 1, 1, .5),), TOY['modes'], ('D',))
+        fit(toy(), TOK, lab_data(), one, **SETTINGS)
     for more in (dict(packing=True), dict(model=classifier())):
         d = label_data() if 'model' in more else lab_data()
         with pytest.raises(ValueError, match='one row a line'):
