@@ -133,7 +133,8 @@ def ul2(mixture:Sequence[Denoiser]=UL2R,           # `UL2R` to go on with a caus
         raise ValueError(f'mixture has {len(mixture)} denoisers, modes is {modes!r}, and there are {len(sentinels)} '
                          'sentinels; there must be at least one denoiser and one sentinel, and three modes or None')
     for d in mixture:
-        if d.mode not in 'RSX' or not d.weight > 0 or not 0 < d.rate < 1 or d.span is not None and d.span < 1:
+        right = d.mode in 'RSX' and d.weight > 0 and 0 < d.rate < 1
+        if not right or d.span is not None and d.span < 1:
             raise ValueError(f'{d} is no denoiser: mode must be R, S or X, weight above 0, rate between 0 and 1, '
                              'span at least 1 or None')
     return Recipe(source=viewed(denoise(tuple(mixture), None if modes is None else tuple(modes),
