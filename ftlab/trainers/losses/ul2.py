@@ -122,7 +122,7 @@ def _id(token:str, tok) -> int:
     'continuing, and a causal model learns it in a few more steps.',
     'the abstracts of UL2 (version 3) and UL2R (2210.11399) and code: spans of T5 (google-research/text-to-text-'
     'transfer-transformer, t5/data/preprocessors.py), mixtures of levanter (stanford-crfm/levanter, commit 0b9c8a0, '
-    'src/levanter/data/ul2r.py, lines 47 to 114); attention stays causal',
+    'src/levanter/data/ul2r.py, lines 50 to 130); attention stays causal',
     toy=dict(modes=('A', 'B', 'C'), sentinels=('D', 'E', 'F', '<mask>')))
 def ul2(mixture:Sequence[Denoiser]=UL2R,           # `UL2R` to go on with a causal model, `UL2`, or your own
         modes:Sequence[str]|None=MODES,            # the tokens of the modes R, S and X; None: no mode tokens
