@@ -20,15 +20,15 @@ __all__ = ['UL2R', 'UL2', 'MODES', 'SENTINELS', 'Denoiser', 'hidden_spans', 'spl
 # %% ../../../nbs/trainers/losses/ul2.ipynb #ul2-5a
 @dataclass(frozen=True)
 class Denoiser:
-    "How much of a text is hidden, in spans of what length; a span of None: the end of the text, cut anywhere"
+    "How much of a text is hidden, in spans of what length; a span of None: the end of the text"
     mode:str           # 'R', 'S' or 'X'
     weight:float       # its share of the mixture, relative to the others
     span:float|None    # mean length of a hidden span, in tokens
-    rate:float=.15     # share of the tokens that is hidden
+    rate:float=.15     # share of the tokens that is hidden; of an end, on average
 
-UL2R = (Denoiser('S', 3, None), Denoiser('R', 1, 3, .15), Denoiser('X', 1, 32, .15),
+UL2R = (Denoiser('S', 4, None, .5), Denoiser('R', 2, 3, .15), Denoiser('X', 1, 32, .15),
         Denoiser('X', 1, 3, .5))
-UL2 = (Denoiser('R', 1, 3, .15), Denoiser('R', 1, 8, .15), Denoiser('S', 1, None),
+UL2 = (Denoiser('R', 1, 3, .15), Denoiser('R', 1, 8, .15), Denoiser('S', 1, None, .25),
        Denoiser('X', 1, 3, .5), Denoiser('X', 1, 8, .5), Denoiser('X', 1, 64, .15),
        Denoiser('X', 1, 64, .5))
 MODES = ('[NLU]', '[S2S]', '[NLG]')  # the tokens of R, S and X
@@ -46,7 +46,8 @@ def hidden_spans(n:int,          # tokens of the text, at least 2
                 ) -> list[tuple[int, int]]: # (start, stop) of each hidden span, in order
     "Draw what a denoiser hides; something is hidden and something is kept"
     if how.span is None:
-        return [(rng.randrange(1, n), n)]
+        most = min(max(round(2*n*how.rate), 1), n - 1)
+        return [(n - rng.randint(1, most), n)]
     noise = min(max(round(n*how.rate), 1), n - 1)
     k = min(max(round(noise/how.span), 1), noise, n - noise)
     out, at = [], 0
@@ -104,7 +105,7 @@ class denoise:
         return dict(input_ids=row, labels=[IGNORE]*(len(row) - len(gone) - len(end)) + gone + end)
 
     def __repr__(self):
-        told = (f'{d.mode} {d.weight:g}' + (f' ({d.span:g}, {d.rate:g})' if d.span else '')
+        told = (f'{d.mode} {d.weight:g} ({"end" if d.span is None else format(d.span, "g")}, {d.rate:g})'
                 for d in self.mixture)
         return f'denoise({", ".join(told)}{"" if self.modes else ", no modes"})'
 
@@ -121,8 +122,9 @@ def _id(token:str, tok) -> int:
     'Trained on a mixture of denoisers, each announced by a mode token, one model is good both at filling gaps and at '
     'continuing, and a causal model learns it in a few more steps.',
     'the abstracts of UL2 (version 3) and UL2R (2210.11399) and code: spans of T5 (google-research/text-to-text-'
-    'transfer-transformer, t5/data/preprocessors.py), mixtures of levanter (stanford-crfm/levanter, commit 0b9c8a0, '
-    'src/levanter/data/ul2r.py, lines 50 to 130); attention stays causal',
+    'transfer-transformer, commit 0068fa7, t5/data/preprocessors.py), mixtures of levanter (stanford-crfm/levanter, commit 0b9c8a0, '
+    'src/levanter/data/ul2r.py, lines 79 to 125) and theblackcat102/unify-learning-paradigms (commit 2a09302, '
+    'README.md); attention stays causal',
     toy=dict(modes=('A', 'B', 'C'), sentinels=('D', 'E', 'F', '<mask>')))
 def ul2(mixture:Sequence[Denoiser]=UL2R,           # `UL2R` to go on with a causal model, `UL2`, or your own
         modes:Sequence[str]|None=MODES,            # the tokens of the modes R, S and X; None: no mode tokens
