@@ -15,9 +15,10 @@ from ftlab.trainers.losses.manyicl import conversation
 TASKS, ROWS = 32, 20                         # to learn from
 ASKED = dict(test=(100, 4), validation=(40, 3))  # tasks, and questions of each
 SHOTS = 15
-# each arm, how many of its examples are in a step (64 rows in every arm), and how many examples it is tuned with
-ARMS = dict(many=(manyicl(SHOTS), 4, SHOTS), last=(manyicl(SHOTS, 'last'), 4, SHOTS),
-            few=(manyicl(3, 'last'), 16, 3), zero=(Recipe(), 64, 0), base=(None, 0, SHOTS))
+# each arm, how many of its lines are in a step (64 rows in every arm), how many examples it is tuned with, and
+# how many times the steps: few-shot tuning has four times, and so as many answers with a loss as all answers have
+ARMS = dict(many=(manyicl(SHOTS), 4, SHOTS, 1), last=(manyicl(SHOTS, 'last'), 4, SHOTS, 1),
+            few=(manyicl(3, 'last'), 16, 3, 4), zero=(Recipe(), 64, 0, 1), base=(None, 0, SHOTS, 1))
 
 def labelled(rng) -> dict[str, str]:
     "A task: four kinds of words, each with a label"
@@ -67,15 +68,15 @@ def kept(model, tok, split, seed) -> float:
     return sum(hits)/len(hits)
 
 def run(arm, rate, seed, split, steps):
-    recipe, size, own = ARMS[arm]
+    recipe, size, own, times = ARMS[arm]
     model, tok = ftlab.load('lab-l')
     if recipe is not None:
-        ftlab.fit(model, tok, taught(seed), recipe, steps=steps, lr=rate, seed=seed,
+        ftlab.fit(model, tok, taught(seed), recipe, steps=steps*times, lr=rate, seed=seed,
                   schedule='cosine', warmup=1, batch_size=size, progress=False)
     items = right(model, tok, asked(seed, split, SHOTS))
     score = sum(items)/len(items)
     as_tuned = score
-    if own != SHOTS:
+    if arm == 'few':
         found = right(model, tok, asked(seed, split, own))
         as_tuned = sum(found)/len(found)
     return dict(score=score, as_tuned=as_tuned, kept=kept(model, tok, split, seed),

@@ -94,8 +94,10 @@ def test_masks_are_among_those_of_t5(how):
     for n in range(2, 600):
         theirs = t5_mask(n, how.rate, how.span, rng.permutation)
         ours = hidden_spans(n, how, random.Random(n))
-        more = how.rate == .15 and n in (190, 350, 390)
-        assert sum(b - a for a, b in ours) == theirs.sum() - more, n
+        if how.rate == .15 and n in (190, 350, 390):
+            assert sum(b - a for a, b in ours) == theirs.sum() - 1
+            continue
+        assert sum(b - a for a, b in ours) == theirs.sum(), n
         assert len(ours) == (np.diff(theirs.astype(int)) == 1).sum() + theirs[0], n
     n = 9
     draws = {tuple(t5_mask(n, how.rate, how.span, rng.permutation)) for _ in range(500)}
