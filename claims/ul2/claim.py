@@ -46,6 +46,16 @@ def nothing_is_lost() -> bool:
             return False
     return True
 
+def mixtures_agree() -> bool:
+    "UL2R is half S, a quarter R, a quarter X; the end that S hides is a quarter of a text in UL2, half in UL2R"
+    share = [sum(d.weight for d in UL2R if d.mode == m)/sum(d.weight for d in UL2R) for m in 'SRX']
+    rng, mean = random.Random(0), []
+    for mixture in (UL2, UL2R):
+        how, = (d for d in mixture if d.mode == 'S')
+        cuts = [hidden_spans(400, how, rng)[0] for _ in range(4000)]
+        mean.append(sum(b - a for a, b in cuts)/4000/400)
+    return share == [.5, .25, .25] and abs(mean[0] - .25) < .01 and abs(mean[1] - .5) < .02
+
 def identities() -> dict[str, bool]:
     _, tok = ftlab.load('lab-s', add_tokens=[*MODES, *SENTINELS])
     state = SimpleNamespace(tok=tok, pad_id=tok.pad_token_id, limit=None)
@@ -58,6 +68,7 @@ def identities() -> dict[str, bool]:
     first = x.index(x[first], first + 1)
     return {'hidden tokens and spans are as many as in T5': counts_agree(),
             'all ways to place the spans are equally likely': draws_agree(),
+            'the shares of UL2R and the mean length of a hidden end are the papers\'': mixtures_agree(),
             'gaps put back give the text': nothing_is_lost(),
             'without modes, the end of a text as target leaves the tokens alone':
             plain['input_ids'][0].tolist() == row['input_ids'],
