@@ -122,7 +122,8 @@ def _id(token:str, tok) -> int:
     'Trained on a mixture of denoisers, each announced by a mode token, one model is good both at filling gaps and at '
     'continuing, and a causal model learns it in a few more steps.',
     'the abstracts of UL2 (version 3) and UL2R (2210.11399) and code: spans of T5 (google-research/text-to-text-'
-    'transfer-transformer, commit 0068fa7, t5/data/preprocessors.py), mixtures of levanter (stanford-crfm/levanter, commit 0b9c8a0, '
+    'transfer-transformer, commit 0068fa7, t5/data/preprocessors.py), mixtures of '
+    'levanter (stanford-crfm/levanter, commit 0b9c8a0, '
     'src/levanter/data/ul2r.py, lines 79 to 125) and theblackcat102/unify-learning-paradigms (commit 2a09302, '
     'README.md); attention stays causal',
     toy=dict(modes=('A', 'B', 'C'), sentinels=('D', 'E', 'F', '<mask>')))
