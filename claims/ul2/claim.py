@@ -68,7 +68,8 @@ def identities() -> dict[str, bool]:
     first = x.index(x[first], first + 1)
     return {'hidden tokens and spans are as many as in T5': counts_agree(),
             'all ways to place the spans are equally likely': draws_agree(),
-            'the shares of UL2R and the mean length of a hidden end are the papers\'': mixtures_agree(),
+            'the shares of UL2R and the mean length of a hidden end are the papers\'':
+            mixtures_agree(),
             'gaps put back give the text': nothing_is_lost(),
             'without modes, the end of a text as target leaves the tokens alone':
             plain['input_ids'][0].tolist() == row['input_ids'],

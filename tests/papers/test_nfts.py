@@ -83,7 +83,8 @@ def test_the_supernet_has_one_adamw_for_all_plans(monkeypatch):
     with tried(model, how.select(model, (0,)), [batches[0], batches[2]], 1e-2,
                tuned_or_offset()) as att:
         plain = {n: p.detach().clone() for n, p in att.parameters().items()}
-    assert len(plain) == 7 and all(torch.allclose(shared[n], p, atol=1e-6) for n, p in plain.items())
+    assert len(plain) == 7
+    assert all(torch.allclose(shared[n], p, atol=1e-6) for n, p in plain.items())
     assert len(shared) == 7 + 2
 
 
