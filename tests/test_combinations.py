@@ -19,6 +19,7 @@ def answering(*questions) -> list[str]:
 
 DELTAS, SELECTED, EDITS, LOSSES = map(answering, ('delta', 'select', 'edit', 'objective'))
 ALONE = [n for n in SELECTED if n not in DELTAS]  # selections of what trains itself
+LOSSES = [n for n in LOSSES if n not in SELECTED] # those with a selection come to the last test
 
 
 def drawn(*of) -> list[str]:

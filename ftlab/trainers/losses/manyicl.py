@@ -73,7 +73,7 @@ class Conversations:
         name = task(row) if callable(task) else row.get(task) if task else ''
         if name is None:
             raise ValueError(f'a row has no task in {task!r}; it has {", ".join(row)}. Give the column, with '
-                             'carry=[column] to ftlab.data, a function of the row, or task=None if all rows '
+                             'carry=[column] to ftlab.data, a function of the row, or no task if all rows '
                              'are of one task')
         return str(name)
 
