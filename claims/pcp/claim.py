@@ -1,4 +1,4 @@
-"""A half-taught lab-s learns from four labelled rows of each of two classes which requests its
+"""A half-taught lab-s learns from one labelled row of each of two classes which requests its
 world refuses; 500 requests have no label"""
 import ftlab
 from ftlab.core.recipe import Recipe
@@ -6,7 +6,7 @@ from ftlab.core.scorers import WORLD, answers
 from ftlab.methods import pcp
 
 QUESTION = '. good or bad ?'
-EACH, UNLABELLED, ASKED, LONGEST = 4, 500, 400, 4
+EACH, UNLABELLED, ASKED, LONGEST = 1, 500, 400, 4
 
 def rows(n, split, seed):
     "Different requests, each with a question that the lab has never read behind it"
@@ -45,6 +45,7 @@ def run(arm, rate, seed, split, steps):
 def identities():
     few, rest, ask = parts(0, 'validation')
     seen = {r['prompt'] for r in few + rest}
-    return {'8 labelled rows and 500 others, no two alike': len(seen) == 2*EACH + UNLABELLED,
+    return {'a labelled row of each class': sorted(r['response'] for r in few) == ['bad', 'good'],
+            '2 labelled rows and 500 others, no two alike': len(seen) == 2 + UNLABELLED,
             'no question is asked that was there before': not seen & {r['prompt'] for r in ask},
             'both words are answers': {r['response'] for r in ask} == {'good', 'bad'}}

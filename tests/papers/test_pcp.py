@@ -3,6 +3,7 @@ import pytest
 import torch
 from ftlab import papers
 from ftlab.core.batches import collate
+from ftlab.core.data import data
 from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses import pcp as module
@@ -89,6 +90,18 @@ def test_raw_texts_are_read_without_a_guess(monkeypatch):
         [dict(prompt=p, response='') for p in prompts], TOK, 'text')}
     assert set(look.texts[0]) <= bare
     assert all(x[x != IGNORE][-1] != TOK.eos_token_id for x in look.labels[0])
+
+
+def test_two_labelled_rows_fill_a_batch_and_are_not_read(monkeypatch):
+    monkeypatch.setattr(module, 'generate', lambda model, tok, prompts, longest: list('abcdef'))
+    all_rows, look = lab_data().train, Stages()
+    prompts = [r['prompt'] for r in all_rows[10:16]]
+    two = data(dict(train=all_rows[:2], validation=all_rows[:2], test=all_rows[:2]))
+    fit(toy(), TOK, two, pcp(prompts), callbacks=(look,), **SETTINGS)
+    tuned, read, again = look.texts
+    labelled = {TOK.decode(e['input_ids']) for e in encode_all(all_rows[:2], TOK, 'text')}
+    assert set(tuned) == set(again) == labelled and len(tuned) == 4
+    assert len(read) == 4 and not set(read) & labelled
 
 
 def test_shuffled_guesses_are_the_same_guesses(monkeypatch):
