@@ -103,7 +103,7 @@ class HoldGrown:
         self.deltas = state.attached.own
         fit = lambda d: isinstance(d, Entries) and not isinstance(d.value, DTensor)
         if not all(map(fit, self.deltas.values())):
-            raise ValueError('sara holds single entries of whole lists; use it with its own Entries and without sharding')
+            raise ValueError('sara holds single entries of whole lists; use its own Entries, without sharding')
         state.extra['held'] = self.held
 
     @torch.no_grad()

@@ -113,8 +113,8 @@ def _id(token:str, tok) -> int:
     "Return the number of a token. Raises `ValueError` if there is none."
     number = tok.convert_tokens_to_ids(token)
     if number is None or number == tok.unk_token_id:
-        raise ValueError(f'the tokenizer has no token {token!r}; load the model with those of ftlab.trainers.losses.ul2 added '
-                         '(its MODES and SENTINELS, by add_tokens), or name others by modes and sentinels')
+        raise ValueError(f'the tokenizer has no token {token!r}; load the model with those of '
+                         'ftlab.trainers.losses.ul2 (its MODES and SENTINELS, by add_tokens), or name others')
     return number
 
 # %% ../../../nbs/trainers/losses/ul2.ipynb #ul2-6
