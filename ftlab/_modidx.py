@@ -3873,6 +3873,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.Part.tuning_row': ( 'instruments/claims.html#part.tuning_row',
                                                                                         'ftlab/instruments/claims.py'),
+                                          'ftlab.instruments.claims._agree': ( 'instruments/claims.html#_agree',
+                                                                               'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._beside': ( 'instruments/claims.html#_beside',
                                                                                 'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._carry_one': ( 'instruments/claims.html#_carry_one',

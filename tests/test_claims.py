@@ -729,6 +729,13 @@ def test_a_seed_that_does_not_replay_leaves_it_stale(runs, monkeypatch, script, 
                             lambda *a: pytest.fail('a replay that is kept was made again'))
     assert claim.result.read_text() == text and status(claim) == 'stale'
 
+@pytest.mark.parametrize('new, same', [(-0.06499999999999995, True), (-0.0649, False), (float('nan'), False)])
+def test_a_replay_that_is_just_the_margin_off_agrees(runs, monkeypatch, new, same):
+    run_claim(claim_at(runs))
+    found = dict(name='c', margin=.02, stored=-0.08499999999999996, new=new)
+    monkeypatch.setattr('ftlab.instruments.claims.replay', lambda *a: [found])
+    assert [f['same'] for f in again('hft')] == [same]
+
 def test_superseded_evidence_is_not_carried_and_running_again_ends_it(runs):
     claim = claim_at(runs)
     result = run_claim(claim)

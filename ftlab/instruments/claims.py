@@ -732,7 +732,11 @@ def again(key:str, seed:int|None=None) -> list[dict]:
     claim = named_claim(key)
     seed = read_result(claim)['seeds'][0] if seed is None else seed
     allowed = lambda d: max(d['margin'], .01) # another processor rounds differently
-    return [d | dict(same=abs(d['stored'] - d['new']) <= allowed(d)) for d in replay(claim, seed)]
+    return [d | dict(same=_agree(d, allowed(d))) for d in replay(claim, seed)]
+
+def _agree(d, allowed) -> bool:
+    "Whether a replayed effect is within `allowed` of the stored one; four answers in 200 are .02, whatever floats say"
+    return abs(d['stored'] - d['new']) <= allowed + 1e-9
 
 def replay(claim:Claim, seed:int) -> list[dict]:
     """Return name, margin, stored and new of each contrast: its effect on `seed` in the result, and
@@ -782,7 +786,7 @@ def carry(claim:Claim|str,             # a claim with a result, or its key
     seen = kept(f'seed-{seed}', lambda: _seen(claim, seed))
     for d in seen:
         say(f'{claim.name}, seed {seed}: {_far_off(d)}')
-    if far := [d for d in seen if d['new'] is None or abs(d['stored'] - d['new']) > d['allowed']]:
+    if far := [d for d in seen if d['new'] is None or not _agree(d, d['allowed'])]:
         off = '; '.join(map(_far_off, far))
         raise ValueError(f'{claim.name} stays {state}: on seed {seed}, {off}; run it again: '
                          f'ftlab claims run {claim.key}')
