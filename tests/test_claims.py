@@ -731,10 +731,12 @@ def test_a_seed_that_does_not_replay_leaves_it_stale(runs, monkeypatch, script, 
 
 @pytest.mark.parametrize('new, same', [(-0.06499999999999995, True), (-0.0649, False), (float('nan'), False)])
 def test_a_replay_that_is_just_the_margin_off_agrees(runs, monkeypatch, new, same):
-    run_claim(claim_at(runs))
+    claim = claim_at(runs)
+    run_claim(claim)
+    monkeypatch.setattr('ftlab.instruments.claims.named_claim', lambda key: claim)
     found = dict(name='c', margin=.02, stored=-0.08499999999999996, new=new)
     monkeypatch.setattr('ftlab.instruments.claims.replay', lambda *a: [found])
-    assert [f['same'] for f in again('hft')] == [same]
+    assert [f['same'] for f in again(claim.key)] == [same]
 
 def test_superseded_evidence_is_not_carried_and_running_again_ends_it(runs):
     claim = claim_at(runs)
