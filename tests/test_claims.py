@@ -729,7 +729,8 @@ def test_a_seed_that_does_not_replay_leaves_it_stale(runs, monkeypatch, script, 
                             lambda *a: pytest.fail('a replay that is kept was made again'))
     assert claim.result.read_text() == text and status(claim) == 'stale'
 
-@pytest.mark.parametrize('new, same', [(-0.06499999999999995, True), (-0.0649, False), (float('nan'), False)])
+@pytest.mark.parametrize('new, same', [(-0.06499999999999995, True), (-0.0649, False),
+                                       (float('nan'), False)])
 def test_a_replay_that_is_just_the_margin_off_agrees(runs, monkeypatch, new, same):
     claim = claim_at(runs)
     run_claim(claim)
