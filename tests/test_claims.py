@@ -732,6 +732,14 @@ def test_a_seed_that_does_not_replay_leaves_it_stale(runs, monkeypatch, script, 
                             lambda *a: pytest.fail('a replay that is kept was made again'))
     assert claim.result.read_text() == text and status(claim) == 'stale'
 
+def test_a_result_whose_runs_were_all_shared_is_carried_by_its_first_seed(runs):
+    claim = claim_at(runs)
+    result = run_claim(claim)
+    claim.result.write_text(json.dumps(dict(result, seed_seconds={})))
+    assert quickest_seed(claim) == result['seeds'][0]
+    claim.result.write_text(json.dumps(dict(result, seeds=[], seed_seconds={})))
+    assert quickest_seed(claim) is None
+
 @pytest.mark.parametrize('new, same', [(-0.06499999999999995, True), (-0.0649, False),
                                        (float('nan'), False)])
 def test_a_replay_that_is_just_the_margin_off_agrees(runs, monkeypatch, new, same):

@@ -761,9 +761,11 @@ def replay(claim:Claim, seed:int) -> list[dict]:
 
 # %% ../../nbs/instruments/claims.ipynb #002313be
 def quickest_seed(claim:Claim) -> int|None:
-    "Return the seed of a result that took the fewest seconds; `None` if it has no seeds"
-    seconds = read_result(claim)['seed_seconds']
-    return int(min(seconds, key=seconds.get)) if seconds else None
+    """Return the seed of a result that took the fewest seconds, or its first if every run was another claim's;
+    `None` if it has no seeds"""
+    r = read_result(claim)
+    seconds = r['seed_seconds']
+    return int(min(seconds, key=seconds.get)) if seconds else next(iter(r['seeds']), None)
 
 def carry(claim:Claim|str,             # a claim with a result, or its key
           seed:int|None=None,          # the seed to repeat; None: the quickest
