@@ -248,7 +248,7 @@ def which(p: Project) -> str:
     for e in p.papers:
         page = e['notebook'].removeprefix('nbs/')
         for need, remark in uses(p.page(page), page):
-            told = [remark]*bool(remark) + ['its claim fails here']*(_said(e).split()[0] == 'fails')
+            told = [remark]*bool(remark) + ['its claim fails here']*(e['verdict'] == 'fails')
             found[need].append(_code(e, page) + (f' ({", but ".join(told)})' if told else ''))
     found[NEEDS[0]].insert(0, '`full`')
     found['old skills must not be forgotten'].insert(
