@@ -25,6 +25,14 @@ def labelled(family: str) -> tuple[torch.nn.Module, dict]:
     return model, batch
 
 
+def row_loss(model, row):
+    "The mean loss of the labelled tokens of one row, written out"
+    ids, labels = torch.tensor(row['input_ids']), torch.tensor(row['labels'])
+    logp = model(ids[None]).logits[0, :-1].log_softmax(-1)
+    said = labels[1:] != -100
+    return -logp[said].gather(1, labels[1:][said][:, None]).mean()
+
+
 def assert_one_pass_has_the_same_gradient(recipe, model, batch, monkeypatch, **at) -> tuple:
     "Compare loss and gradients with logits in memory and without; return the loss and the last state"
     ends = []

@@ -9,6 +9,7 @@ from ftlab.core.batches import Sample, Unread, collate, order
 from ftlab.core.recipe import CannotCompose
 from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
+from tests.losses import row_loss
 from tests.tiny import tiny
 from tests.toys import TOK, classifier, lab_data, label_data, same, toy, weights
 
@@ -23,14 +24,6 @@ def test_it_is_the_paper_of_the_catalogue():
 
 def sample(rows=ROWS, **more):
     return Sample(rows, TOK.pad_token_id, **more)
-
-
-def row_loss(model, row):
-    "The mean loss of the labelled tokens of one row, written out"
-    ids, labels = torch.tensor(row['input_ids']), torch.tensor(row['labels'])
-    logp = model(ids[None]).logits[0, :-1].log_softmax(-1)
-    said = labels[1:] != -100
-    return -logp[said].gather(1, labels[1:][said][:, None]).mean()
 
 
 def test_a_trial_is_a_few_steps_of_adamw_and_two_losses_in_plain_torch():

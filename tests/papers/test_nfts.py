@@ -11,6 +11,7 @@ from ftlab.core.batches import Sample, Unread, order
 from ftlab.core.recipe import CannotCompose
 from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
+from tests.losses import row_loss
 from tests.tiny import tiny
 from tests.toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
 
@@ -26,13 +27,6 @@ def test_it_is_the_paper_of_the_catalogue():
 
 def sample(**more):
     return Sample(ROWS, TOK.pad_token_id, **more)
-
-
-def row_loss(model, row):
-    ids, labels = torch.tensor(row['input_ids']), torch.tensor(row['labels'])
-    logp = model(ids[None]).logits[0, :-1].log_softmax(-1)
-    said = labels[1:] != -100
-    return -logp[said].gather(1, labels[1:][said][:, None]).mean()
 
 
 def test_a_trial_of_a_plan_in_plain_torch():
