@@ -22,7 +22,8 @@ from ftlab.trainers.fit import check_fits
 from ftlab.trainers.stage import lost_to_rounding
 
 TOK = lab_tokenizer()
-WORDS = [w for w in TOK.get_vocab() if w.isalpha()][:40]
+# Sorted, for a vocabulary has no order; lower-case, for two spellings of a word may be one token
+WORDS = sorted(w for w in TOK.get_vocab() if w.isalpha() and w.islower() and len(w) > 1)[:40]
 MORE = dict(vocab_size=len(TOK), pad_token_id=TOK.pad_token_id, bos_token_id=TOK.bos_token_id,
             eos_token_id=TOK.eos_token_id)
 
