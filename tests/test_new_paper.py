@@ -96,7 +96,7 @@ def test_the_pages_run_and_pass_the_tests_of_pages(begun):
     made = [p.relative_to(copy/'nbs').as_posix() for key in keys.values()
             for p in (copy/'nbs').glob(f'*/*/{key}.ipynb')]
     assert len(made) == 3 and '0 failed' in python('tests/run_notebooks.py', *made, cwd=copy)
-    chosen = 'catalogue or pages or site or stored or readme or module or rules or navigation or description'
+    chosen = 'pages or site or stored or readme or module or rules or navigation or description'
     python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/papers', 'tests/test_project.py',
            'tests/test_docs.py', '-k', chosen, cwd=copy)
 

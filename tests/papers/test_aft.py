@@ -2,7 +2,7 @@
 import math
 import pytest
 import torch
-from ftlab import methods, papers
+from ftlab import methods
 from ftlab.core.data import data
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
@@ -12,14 +12,8 @@ from ftlab.trainers.objective import kl_to_base, nll
 from tiny import inputs_for, tiny
 from toys import TOK, lab_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'aft')
 SETTINGS = dict(steps=3, batch_size=8, lr=1e-3, seed=0, progress=False)
 TOY = methods.make_of('aft').paper.toy
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['aft']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def by_hand(good, bad, constraint, beta):
@@ -109,7 +103,8 @@ def test_without_weight_it_is_plain_fine_tuning():
     kept = data(ROWS, seed=0, carry=['right', 'wrong'])
     runs = [fit(toy(), TOK, kept, r, **SETTINGS) for r in (aft(weight=0.), Recipe())]
     a, b = (r.delta.attached.changes() for r in runs)
-    assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+    # AdamW divides by the gradient's size, so what rounding leaves of a gradient near 0 counts
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
 
 
 @pytest.mark.parametrize('recipe', [

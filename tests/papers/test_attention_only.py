@@ -1,21 +1,14 @@
 "Attention only: against the official freezing by names, on every kind of model, and the edges of its arguments"
 import pytest
-from ftlab import papers
 from ftlab.adapters.subsets.attention_only import attention_only, projections
 from ftlab.core.anatomy import anatomy
 from ftlab.trainers.fit import fit
 from tests.tiny import tiny
 from tests.toys import TOK, lab_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'attention_only')
 OFFICIAL = dict(attention=('self_attn', ('q_proj', 'k_proj', 'v_proj', 'o_proj')),
                 gate_up=('mlp', ('gate_proj', 'up_proj')), down=('mlp', ('down_proj',)),
                 mlp=('mlp', ('gate_proj', 'up_proj', 'down_proj')))
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['attention_only']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 @pytest.mark.parametrize('tune', OFFICIAL)

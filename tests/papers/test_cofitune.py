@@ -2,7 +2,6 @@
 import pytest
 import torch
 from torch.nn.functional import dropout
-from ftlab import papers
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.subsets.cofitune import (SoftMask, cofitune, halves, importance, modules,
                                              projections, quarters, region, search, standardized)
@@ -10,13 +9,6 @@ from ftlab.core.anatomy import anatomy
 from ftlab.trainers.fit import fit
 from tests.tiny import example_inputs, inputs_for, tiny
 from tests.toys import TOK, lab_data, toy
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'cofitune')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['cofitune']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 class Masked(torch.nn.Module):

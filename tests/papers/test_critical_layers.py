@@ -1,7 +1,6 @@
 "Critical layers: CKA and the state that is read against the official formula, and which blocks are chosen"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.subsets.critical_layers import (change_points, critical_layers,
                                                     prompt_states)
@@ -12,13 +11,6 @@ from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
 from tests.tiny import inputs_for, tiny
 from tests.toys import TOK, lab_data, toy
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'critical_layers')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['critical_layers']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def rows(n=24):

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ftlab import methods, papers
+from ftlab import methods
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
 from ftlab.native.crossentropy import weighted_linear_cross_entropy
@@ -15,13 +15,6 @@ from ftlab.trainers.objective import kl_to_base, nll, token_nll, weighted
 from losses import (Fixed, assert_one_pass_ends_alike,
                     assert_one_pass_has_the_same_gradient, labelled)
 from toys import TOK, lab_data, toy, weights
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'eaft')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['eaft']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def by_hand(logits, labels, alpha, k=20):

@@ -5,12 +5,10 @@ import torch
 import torch.nn.functional as F
 from tiny import inputs_for, tiny
 from toys import TOK, assert_resumes, lab_data, same, toy, weights
-from ftlab import papers
 from ftlab.adapters.subsets.gmt import LargestGradients, gmt
 from ftlab.methods import get
 from ftlab.trainers.fit import fit
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'gmt')
 SETTINGS = dict(batch_size=8, lr=1e-2, weight_decay=0., schedule='constant', clip=None,
                 progress=False)
 
@@ -46,11 +44,6 @@ def percentile(g, keep):
     "The paper's formula: what lies below the threshold T_k becomes 0"
     T = g.abs().flatten().sort(descending=True).values[max(1, round(keep*g.numel())) - 1]
     return torch.where(g.abs() >= T, g, 0.)
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['gmt']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def per_tensor(grads):

@@ -5,7 +5,6 @@ import torch
 from sklearn.cluster import KMeans
 from tiny import inputs_for, tiny
 from toys import TOK, assert_resumes, lab_data, toy
-from ftlab import papers
 from ftlab.adapters.attach import attach, oriented
 from ftlab.adapters.subsets.goodvibe import Groups, attributions, goodvibe, grouped, of_behaviour
 from ftlab.core.batches import Sample, Unread
@@ -14,14 +13,8 @@ from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.dft import dft
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'goodvibe')
 ROWS = encode_all(lab_data().train[:8], TOK, 'text')
 DOWNS = [f'model.layers.{i}.mlp.down_proj.weight' for i in range(2)]
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['goodvibe']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def sample(**more):

@@ -2,20 +2,14 @@
 import math
 import pytest
 import torch
-from ftlab import data, papers
+from ftlab import data
 from ftlab.adapters.subsets.lape import by_entropy, entropies, lape, language_neurons, of_language
 from ftlab.core.batches import Sample, Unread
 from ftlab.core.tokens import encode_all
 from tests.tiny import tiny
 from tests.toys import TOK, lab_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'lape')
 OTHERS = (data('sort', n=30), data('max', n=30))
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['lape']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def sample():

@@ -1,23 +1,16 @@
 "LayerNorm tuning: against peft's LN tuning on the same tensors, against the Fisher diagonal written out, its edges"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.adapters.subsets.layernorm_tuning import layernorm_tuning, norm_entries, norm_parameters
 from ftlab.core.batches import Unread
 from tests.tiny import tiny
 from tests.toys import toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'layernorm_tuning')
 PEFT = dict(llama=None, mistral=None, gemma=None, gemma2=None, gpt2=None, # None: peft's own list of modules
             qwen2=['input_layernorm', 'post_attention_layernorm', 'norm'], # peft's has only the second of them
             opt=['self_attn_layer_norm', 'final_layer_norm'], bert=['LayerNorm'],
             gpt_neox=['input_layernorm', 'post_attention_layernorm', 'final_layer_norm'],
             vit=['layernorm_before', 'layernorm_after', 'layernorm'])
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['layernorm_tuning']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 @pytest.mark.parametrize('family', PEFT)

@@ -1,21 +1,15 @@
 "LoKI: its attribution written out at the last block, the official count, and the edges of its arguments"
 import pytest
 import torch
-from ftlab import data, papers
+from ftlab import data
 from ftlab.adapters.subsets.loki import attributions, least_used, loki, most_often
 from ftlab.core.batches import Sample, Unread, collate
 from ftlab.core.tokens import encode_all
 from tests.tiny import tiny
 from tests.toys import TOK, classifier, lab_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'loki')
 DOWN = 'model.layers.{}.mlp.down_proj'
 ROWS = encode_all(lab_data().train[:6], TOK, 'text')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['loki']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def sample(**more):

@@ -1,7 +1,6 @@
 "manyicl: what its page cannot say about itself"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.core.data import data
 from ftlab.core.recipe import Recipe
 from ftlab.core.tokens import encode
@@ -10,15 +9,9 @@ from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.manyicl import conversation, manyicl
 from toys import TOK, assert_resumes, label_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'manyicl')
 SETTINGS = dict(steps=4, batch_size=4, lr=1e-3, seed=0, progress=False)
 ROWS = [dict(prompt=f'{k} {a} {b} =', response=f'{b} {a}' if k == 'reverse' else a, task=k)
         for k in ('reverse', 'last') for a in 'abcdef' for b in 'abcdef']
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['manyicl']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 class Seen:

@@ -2,7 +2,7 @@
 import random
 import pytest
 import torch
-from ftlab import data, papers
+from ftlab import data
 from ftlab.adapters.subsets.memcontrol import (Trial, best, front, filled, halves, masks,
                                                memcontrol, searched, tried)
 from ftlab.core.batches import Sample, Unread, collate, order
@@ -13,13 +13,7 @@ from tests.losses import row_loss
 from tests.tiny import tiny
 from tests.toys import TOK, classifier, lab_data, label_data, same, toy, weights
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'memcontrol')
 ROWS = encode_all(lab_data().train[:24], TOK, 'text')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['memcontrol']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def sample(rows=ROWS, **more):

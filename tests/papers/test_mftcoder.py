@@ -1,7 +1,7 @@
 "mftcoder: what its page cannot say about itself"
 import pytest
 import torch
-from ftlab import methods, papers
+from ftlab import methods
 from ftlab.core.data import data
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
@@ -12,14 +12,8 @@ from losses import (Fixed, assert_one_pass_ends_alike,
                     assert_one_pass_has_the_same_gradient, labelled)
 from toys import TOK, classifier, lab_data, label_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'mftcoder')
 FIRST = dict(task=lambda row: row.get('prompt', row.get('text', '')).split()[0])
 SETTINGS = dict(steps=3, batch_size=8, lr=1e-3, seed=0, progress=False)
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['mftcoder']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def official(logits, labels, tasks, weights, mode):

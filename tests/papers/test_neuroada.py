@@ -3,7 +3,6 @@ import pytest
 import torch
 from tiny import inputs_for, tiny
 from toys import TOK, lab_data, toy
-from ftlab import papers
 from ftlab.adapters.attach import attach, oriented
 from ftlab.adapters.delta import Entries
 from ftlab.adapters.select import parts
@@ -11,8 +10,6 @@ from ftlab.adapters.subsets.neuroada import neuroada, per_neuron
 from ftlab.core.batches import collate
 from ftlab.core.tokens import encode
 from ftlab.trainers.fit import fit
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'neuroada')
 
 
 def count(masks):
@@ -23,11 +20,6 @@ def matrices(model):
     params = dict(model.named_parameters())
     names = [n for n in parts()(model) if params[n].ndim == 2]
     return {n: oriented(model, n, params[n].detach()) for n in names}
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['neuroada']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 @pytest.mark.parametrize('family', 'llama qwen2 gemma gpt2 opt gpt_neox bert vit'.split())

@@ -3,7 +3,7 @@ import math
 import random
 import pytest
 import torch
-from ftlab import data, papers
+from ftlab import data
 from ftlab.adapters.attach import attach
 from ftlab.adapters.subsets.memcontrol import drawn, halves, tried
 from ftlab.adapters.subsets.nfts import crossed, diverse, evolve, nfts, planned, tuned_or_offset
@@ -15,14 +15,8 @@ from tests.losses import row_loss
 from tests.tiny import tiny
 from tests.toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'nfts')
 ROWS = encode_all(lab_data().train[:16], TOK, 'text')
 SHORT = dict(population=3, generations=1, parents=2, keep=2, supernet=2, steps=1, rows=16, size=4)
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['nfts']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def sample(**more):

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ftlab import methods, papers
+from ftlab import methods
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
 from ftlab.trainers.fit import fit
@@ -11,13 +11,6 @@ from ftlab.trainers.losses.noisefit import (ChooseLayers, blocks_of, noise_scale
 from ftlab.trainers.objective import loss_mask
 from tiny import tiny
 from toys import TOK, assert_resumes, classifier, label_data, lab_data, probe, same, toy, weights
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'noisefit')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['noisefit']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def spread_of(h, token):

@@ -1,7 +1,6 @@
 "PCP: what is read in each stage, guesses and where they come from, and the edges of its arguments"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.core.batches import collate
 from ftlab.core.data import data
 from ftlab.core.tokens import encode_all
@@ -10,13 +9,6 @@ from ftlab.trainers.losses import pcp as module
 from ftlab.trainers.losses.pcp import pcp, read_all
 from ftlab.trainers.objective import IGNORE
 from tests.toys import TOK, lab_data, same, toy, weights
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'pcp')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['pcp']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def batch(n=6):

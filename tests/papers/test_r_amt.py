@@ -3,7 +3,6 @@ import dataclasses
 import pytest
 import torch
 from torch.func import functional_call
-from ftlab import papers
 from ftlab.adapters.attach import attach
 from ftlab.adapters.store import load_delta
 from ftlab.adapters.subsets.r_amt import START, THRESHOLD, agreement, r_amt
@@ -14,13 +13,6 @@ from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.optimizers.mezo import mezo
 from tests.tiny import tiny
 from tests.toys import TOK, lab_data, logits, toy
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'r_amt')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['r_amt']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 class Bit(torch.autograd.Function):

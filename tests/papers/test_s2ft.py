@@ -1,20 +1,12 @@
 "S2FT: against the official layer, written out, and the edges of its arguments"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.adapters.attach import attach
 from ftlab.adapters.slices import Slices
 from ftlab.adapters.subsets.s2ft import coupled, s2ft
 from ftlab.core.batches import Unread
 from tests.tiny import tiny
 from tests.toys import toy
-
-ENTRY = next(e for e in papers.index() if e['key'] == 's2ft')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['s2ft']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def chosen_lines(mask):

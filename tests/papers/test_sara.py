@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import tiny
 from toys import TOK, assert_resumes, classifier, lab_data, label_data, toy
-from ftlab import papers
 from ftlab.adapters.attach import attach, oriented
 from ftlab.adapters.delta import Entries
 from ftlab.adapters.modules.lora import lora
@@ -13,13 +12,6 @@ from ftlab.core.recipe import CannotCompose
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.optimizers.mezo import mezo
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'sara')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['sara']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def count(masks):

@@ -1,18 +1,10 @@
 "SliceFine: against coordinate descent by hand, and the edges of its arguments"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.adapters.subsets.slicefine import slicefine, slices_of
 from ftlab.trainers.fit import fit
 from tests.tiny import tiny
 from tests.toys import TOK, lab_data, toy
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'slicefine')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['slicefine']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def trained(steps, **k):

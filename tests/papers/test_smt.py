@@ -1,20 +1,12 @@
 "SMT: against the official score and layer, written out, and the edges of its arguments"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.adapters.attach import attach
 from ftlab.adapters.slices import in_blocks
 from ftlab.adapters.subsets.smt import smt, strongest_blocks
 from ftlab.core.batches import Unread
 from ftlab.trainers.statistics import gradients
 from tests.toys import toy
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'smt')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['smt']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 IDS = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))

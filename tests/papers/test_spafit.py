@@ -2,7 +2,6 @@
 import pytest
 import torch
 from torch import nn
-from ftlab import papers
 from ftlab.adapters.attach import attach
 from ftlab.adapters.select import parts
 from ftlab.adapters.subsets.spafit import pairs_and_biases, spafit, strata
@@ -10,13 +9,6 @@ from ftlab.core.anatomy import anatomy
 from ftlab.trainers.fit import fit
 from tests.tiny import inputs_for, tiny
 from tests.toys import TOK, classifier, label_data, toy
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'spafit')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['spafit']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def answers(model, inputs):

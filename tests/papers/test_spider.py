@@ -5,14 +5,12 @@ import torch
 import torch.nn.functional as F
 from tiny import inputs_for, tiny
 from toys import TOK, assert_resumes, classifier, lab_data, label_data, toy, weights
-from ftlab import papers
 from ftlab.adapters.attach import attach
 from ftlab.adapters.select import everything
 from ftlab.adapters.subsets.spider import PullBack, discrepancy, importance, spider
 from ftlab.methods import get
 from ftlab.trainers.fit import fit
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'spider')
 SETTINGS = dict(batch_size=8, lr=1e-2, weight_decay=0., schedule='constant', clip=None,
                 progress=False)
 
@@ -63,11 +61,6 @@ def by_hand(batches, lr=1e-2):
                 p.copy_(W0*(1 - s) + p*s)
         opt.zero_grad()
     return weights(model)
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['spider']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def test_the_mask_is_the_official_one():

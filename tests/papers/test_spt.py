@@ -1,7 +1,6 @@
 "SPT: the official allocation written out, what a budget buys, and the edges of its arguments"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.adapters.attach import attach
 from ftlab.adapters.subsets.spt import allocated, spt
 from ftlab.core.batches import Sample, Unread
@@ -9,13 +8,7 @@ from ftlab.core.tokens import encode_all
 from tests.tiny import tiny
 from tests.toys import TOK, lab_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'spt')
 SHAPES = dict(a=(30, 20), b=(40, 30), c=(25, 25), n=(20,), v=(40,))
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['spt']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def sample():

@@ -1,7 +1,6 @@
 "Surgical fine-tuning by Fisher information: against the official score and freezing, written out, and its edges"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.adapters.subsets.surgical_fisher import block_scores, informative_blocks, surgical_fisher
 from ftlab.core.anatomy import anatomy
 from ftlab.core.batches import Unread
@@ -9,13 +8,7 @@ from ftlab.trainers.statistics import gradients
 from tests.tiny import tiny
 from tests.toys import classifier, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'surgical_fisher')
 FAMILIES = ('llama', 'qwen2', 'gemma', 'gpt2', 'opt', 'gpt_neox', 'bert', 'vit', 'mixtral')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['surgical_fisher']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def labelled(n=5):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from ftlab import methods, papers
+from ftlab import methods
 from ftlab.core.batches import collate
 from ftlab.core.data import data
 from ftlab.core.state import State
@@ -16,13 +16,7 @@ from ftlab.trainers.objective import IGNORE, loss_mask, token_nll
 from losses import assert_one_pass_ends_alike
 from toys import TOK, lab_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'tl_training')
 TOOLS = ('open map , open key , fix bell : the key in Guville today', r'(\w+ \w+) [,:]', r'call (\w+ \w+) \(')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['tl_training']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def batch_of(*talks, view):

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from ftlab import methods, papers
+from ftlab import methods
 from ftlab.core.data import data
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
@@ -14,13 +14,7 @@ from losses import (Fixed, assert_one_pass_ends_alike,
                     assert_one_pass_has_the_same_gradient, labelled)
 from toys import TOK, assert_resumes, classifier, lab_data, label_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'token_forgetting')
 SETTINGS = dict(steps=3, batch_size=8, lr=1e-3, seed=0, progress=False)
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['token_forgetting']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def official_signs(before, after, labels, rho):

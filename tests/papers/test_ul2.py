@@ -4,7 +4,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ftlab import papers
 from ftlab.core.batches import collate
 from ftlab.core.data import data
 from ftlab.core.tokens import encode
@@ -13,15 +12,9 @@ from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.ul2 import UL2, UL2R, Denoiser, denoise, hidden_spans, split, ul2
 from toys import TOK, assert_resumes, classifier, lab_data, label_data, toy
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'ul2')
 TOY = dict(modes=('A', 'B', 'C'), sentinels=('D', 'E', 'F', '<mask>'))
 SETTINGS = dict(steps=4, batch_size=4, lr=1e-3, seed=0, progress=False)
 STATE = SimpleNamespace(tok=TOK, pad_id=TOK.pad_token_id, limit=None)
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['ul2']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def t5_counts(n, rate, span):
