@@ -1,6 +1,8 @@
 """Sparse changes: LIFT's places against the official formula, places that change hands,
 tied matrices; LT-SFT's two stages and sums of changes"""
 import dataclasses
+import gc
+import weakref
 import numpy as np, pytest, torch
 from ftlab.adapters.attach import attach
 from ftlab.adapters.delta import Entries
@@ -450,6 +452,19 @@ def test_a_change_that_moved_before_its_gradient_was_taken_is_an_error():
     shake(att)
     with pytest.raises(RuntimeError, match='changed between a loss and its gradient'):
         loss.backward()
+
+def test_a_value_computed_beside_the_loss_keeps_nothing_alive():
+    "Its graph, which no backward frees, holds the hook that holds the model"
+    m = toy()
+    att, gone = attach(m, principal(2)(m), Entries), weakref.ref(m)
+    with att.recompute():
+        logits = m(**probe()).logits
+        size, loss = logits.exp().std().item(), logits.square().mean()
+    loss.backward()
+    assert size > 0
+    del m, att, logits, loss
+    gc.collect()
+    assert gone() is None
 
 def test_lift_without_the_cpp_ends_at_the_same_weights(monkeypatch):
     def changed():

@@ -237,7 +237,7 @@ def _recompute(att):
         plain = type(t) in (Tensor, nn.Parameter)
         note = att.recorded.get(t.untyped_storage().data_ptr()) if plain else None
         if note is None or note[0]() is None:
-            return t
+            return t.detach() # an output with its graph would keep it alive, unless backward comes by
         _, layer, W = note
         return layer, W, _versions(layer), (t.shape, t.stride(), t.storage_offset())
 
