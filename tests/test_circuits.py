@@ -1,5 +1,8 @@
 "Circuits against patching by hand, minimality on scores whose answer is known, masks that must find a planted head"
 import pytest, torch
+from ftlab.adapters.attach import attach
+from ftlab.adapters.modules.lora import lora
+from ftlab.adapters.select import parts
 from ftlab.evaluators.circuits import (accuracy, circuit_logits, faithfulness, learn_mask,
                                        minimality, probability, prune, random_circuit)
 from ftlab.evaluators.patching import (Site, ablated, activations, all_heads, edited,
@@ -47,6 +50,20 @@ def test_heads_work_only_at_their_places():
         return edit
     with torch.no_grad(), edited(model, {s: by_hand(s) for s in H}):
         torch.testing.assert_close(found, model(**CLEAN).logits)
+
+def test_a_circuit_can_be_a_generator_and_a_batch_can_start_with_labels():
+    model, means = tiny('llama'), means_of(tiny('llama'))
+    found = circuit_logits(model, CLEAN, H[:3], means)
+    assert torch.equal(circuit_logits(model, CLEAN, (h for h in H[:3]), means), found)
+    batch = dict(labels=torch.zeros(6), **CLEAN)
+    assert torch.equal(circuit_logits(model, batch, H[:3], means), found)
+
+def test_answers_at_one_position_of_each_row():
+    model, labels = tiny('llama'), torch.arange(6)
+    at, x = torch.tensor([6, 5, 4, 3, 2, 1]), logits(model)
+    expected = float(x[torch.arange(6), at].softmax(-1)[torch.arange(6), labels].mean())
+    assert probability(labels, at)(x) == probability(labels, at[:, None])(x) == pytest.approx(expected)
+    assert probability(labels, at.tolist())(x) == pytest.approx(expected)
 
 def test_faithfulness_is_a_ratio():
     model, means = tiny('gpt2'), means_of(tiny('gpt2'))
@@ -128,6 +145,15 @@ def test_masks_are_repeatable_and_a_high_penalty_empties_them():
     assert learn(seed=1) == learn(seed=1) and learn(seed=1).losses != learn(seed=2).losses
     assert torch.equal(torch.get_rng_state(), state)
     assert learn_mask(model, CLEAN, OTHER, want, H, penalty=1e3, steps=5).heads == ()
+    with torch.inference_mode():
+        assert learn(seed=1) == learn_mask(model, CLEAN, OTHER, want, H, steps=5, seed=1,
+                                           kind='hard_concrete')
+
+def test_a_mask_leaves_an_attached_change_alone():
+    model = tiny('llama')
+    att = attach(model, parts()(model), lora().delta)
+    learn_mask(model, CLEAN, OTHER, torch.zeros(6, dtype=torch.long), H, steps=2)
+    assert all(p.grad is None and p.requires_grad for p in att.parameters().values())
 
 def test_the_first_loss_is_the_wanted_logit():
     "The clamped mask starts with nothing from the source"
@@ -156,6 +182,16 @@ def test_bad_input_is_named():
     for args, says in (((lambda h: 1., []), 'has 0 heads'), ((lambda h: 1., H, 2.), 'share is 2')):
         with pytest.raises(ValueError, match=says):
             minimality(*args)
+    short = torch.ones(6, 7, dtype=torch.long)
+    short[2, 5:] = 0
+    padded = dict(CLEAN, attention_mask=short)
+    with pytest.raises(ValueError, match=r"at\['last'\] is on padding in rows \[2\]"):
+        circuit_logits(model, padded, dict(last=H[:1]), means, dict(last=-1))
+    for more, says in (({}, r'rows \[2\]'), (dict(at=-1), 'at is on padding')):
+        with pytest.raises(ValueError, match=says):
+            learn_mask(model, CLEAN, padded, labels, H, **more)
+    with pytest.raises(ValueError, match='answer_at is on padding'):
+        learn_mask(model, padded, CLEAN, labels, H, at=0)
     for more, says in ((dict(kind='soft'), "kind is 'soft'"), (dict(heads=[]), 'no heads were given')):
         with pytest.raises(ValueError, match=says):
             learn_mask(model, CLEAN, OTHER, labels, **(dict(heads=H) | more))

@@ -57,7 +57,8 @@ def test_control_labels():
     types = [i % 10 for i in range(100)]
     drawn = control_labels(y, types, 3)
     assert all(len({d for d, t in zip(drawn, types) if t == k}) == 1 for k in range(10))
-    assert (drawn == control_labels(y, types, 3)).all()
+    for same in (types, torch.tensor(types), np.array(types)):
+        assert (drawn == control_labels(y, same, 3)).all()
 
 def test_everything_is_repeatable_and_nothing_global_moves():
     x, y = points()
@@ -79,7 +80,7 @@ def test_bad_input_is_named(change, says):
 
 def test_bad_settings_are_named():
     x, y = points()
-    for more, says in ((dict(seeds=0), 'seeds is 0'), (dict(test=1.), 'test is 1'),
+    for more, says in ((dict(seeds=0), 'seeds is 0'), (dict(test=1.), 'test is 1'), (dict(penalty=0.), 'penalty 0'),
                        (dict(types=[1]), '1 types')):
         with pytest.raises(ValueError, match=says):
             linear_probe(x, y, **more)

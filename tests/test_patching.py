@@ -162,6 +162,16 @@ def test_path_patching_is_that_by_hand(pair, role, through_mlps):
     close(found, out)
     assert (found - logits(model)).abs().max() > 1e-4 # there is something to see
 
+def test_shared_keys_in_a_fused_projection():
+    "Phi-3 with two keys for four queries: queries, then keys, then values"
+    model, seen = tiny('phi3', num_key_value_heads=2), []
+    module = model.get_submodule('model.layers.0.self_attn.qkv_proj')
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(out))
+    x = activations(model, CLEAN, [Site(k, 0, h) for k in 'qkv' for h in (1, 2)])
+    handle.remove()
+    parts = [seen[0][..., 8*i:8*i + 8] for i in (1, 2, 4, 5, 6, 7)]
+    assert all(torch.equal(a, b) for a, b in zip(x.values(), parts))
+
 def test_shared_keys_and_rotary_positions_by_hand():
     "Llama: two query heads share a key; a head is rebuilt from its query, key and value"
     model = tiny('llama')
@@ -290,6 +300,8 @@ def test_models_with_experts_and_two_stacks():
         Paths(model, batch, OTHER)
     Paths(model, batch, OTHER, through_mlps=True)([Site('head', 0, 1)], [Site('q', 1, 2)])
     model, batch = models['t5']
+    with pytest.raises(ValueError, match='one stack'):
+        Paths(model, batch, batch, through_mlps=True)
     found = activations(model, batch, [Site('residual', 3), Site('head', 0, 1)])
     assert found[Site('head', 0, 1)].shape == (2, 7, 8)
     model, batch = models['vit']
@@ -357,6 +369,16 @@ def test_mode_random_state_and_hooks_are_restored():
         model(**CLEAN)
     assert hooks(model) == 0
 
+def test_generation_without_cache():
+    "Each forward pass has the whole text, so that a position from the start stays the same"
+    model, site = tiny('llama'), Site('head', 0, 1)
+    value, ids = activations(model, OTHER, [site]), CLEAN['input_ids']
+    with torch.no_grad(), patched(model, value, 2):
+        out = model.generate(**CLEAN, max_new_tokens=3, do_sample=False, use_cache=False)
+        for _ in range(3):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, ids)
+
 def test_gradients_pass():
     "A context leaves gradients on: the replacement gets its own"
     model = tiny('llama')
@@ -385,6 +407,14 @@ def test_mean_ablation():
     close(mean, torch.cat([x[0], x[1, :4]]).mean(0))
     with torch.no_grad(), ablated(model, {sites[0]: mean}):
         model(**CLEAN)
+
+def test_means_in_half_precision():
+    "A count in bfloat16 stops growing at 256; these rows have 420 tokens"
+    model, site = tiny('llama').bfloat16(), Site('head', 0, 1)
+    batches = [example_inputs(i, batch=1) for i in range(60)]
+    each = torch.cat([activations(model, b, [site])[site].float() for b in batches])
+    found = mean_activations(model, batches, [site], per_position=False)[site]
+    close(found, each.mean((0, 1)))
 
 # ---------- positions
 
@@ -419,7 +449,9 @@ def test_sites_that_cannot_be(make, says):
     ([Site('mlp', 0)], dict(source=example_inputs(1, batch=3), at=0), 'as many rows'),
     ([Site('mlp', 0)], dict(source=PADDED), r'rows \[1\]'),
     ([Site('mlp', 0)], dict(at=7), 'from -7 to 6'),
-    ([Site('mlp', 0)], dict(at=torch.zeros(3, 1)), 'positions for 3 rows'),
+    ([Site('mlp', 0)], dict(at=torch.zeros(3, 1).long()), 'positions for 3 rows'),
+    ([Site('mlp', 0)], dict(at=CLEAN['input_ids'] == 3), 'whole numbers'),
+    ([Site('mlp', 0)], dict(at=2.5), 'whole numbers'),
     ([Site('mlp', 0)], dict(at=[0, 1], source_at=[0]), 'give as many in both'),
     ([Site('mlp', 0)], dict(source_model=tiny('gpt2')), 'models do not match'),
     ([Site('mlp', 0)], dict(source_model=tiny('llama', num_hidden_layers=3)), 'do not match')])
@@ -445,6 +477,26 @@ def test_paths_and_means_that_cannot_be():
         pass
     with pytest.raises(ValueError, match='the mean is of 7 positions'), ablated(model, means):
         model(**example_inputs(length=5))
+
+def test_positions_on_padding():
+    "The last column of a row that is padded on the right is no token"
+    model, short = tiny('llama'), torch.tensor([[1]*7, [1]*4 + [0]*3])
+    a, b = dict(CLEAN, attention_mask=short), dict(OTHER, attention_mask=short)
+    ends, site = short.sum(1, keepdim=True) - 1, Site('residual', 1)
+    found = patch(model, a, b, [site], ends)
+    close(found[[0, 1], [6, 3]], logits(model, b)[[0, 1], [6, 3]])
+    found = patch(model, CLEAN, b, [site], at=-1, source_at=ends)
+    close(found[:, -1], logits(model, b)[[0, 1], [6, 3]])
+    paths, head = Paths(model, a, b), [Site('head', 0, 0)]
+    for call, says in ((lambda: patch(model, a, b, [site], -1), r'at is on padding in rows \[1\]'),
+                       (lambda: patch(model, CLEAN, b, [site], -1), 'at is on padding'),
+                       (lambda: patch(model, a, b, [site], ends, source_at=-1), 'source_at is on padding'),
+                       (lambda: paths(head, at=-1), 'at is on padding'),
+                       (lambda: paths(head, [Site('q', 1, 0)], ends, receiver_at=-1), 'receiver_at is on padding'),
+                       # without a mask all columns are tokens
+                       (lambda: patch(model, dict(input_ids=CLEAN['input_ids']), b, [site]), r'rows \[1\]')):
+        with pytest.raises(ValueError, match=says):
+            call()
 
 def test_models_that_cannot_be_mapped_or_have_no_head():
     with pytest.raises(UnknownArchitecture):

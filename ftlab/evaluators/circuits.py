@@ -7,12 +7,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 import torch
 from torch import Tensor, nn
 from ..core.model import evaluating
-from .patching import (Positions, Site, activations, all_heads, as_rows, columns,
-                                       edited, put, run_logits)
+from .patching import (Positions, Site, activations, all_heads, as_rows, check_both,
+                                       check_positions, columns, edited, put, run_logits)
 
 # %% auto #0
 __all__ = ['Circuit', 'STRETCH', 'TEMPERATURE', 'places_of', 'circuit_logits', 'accuracy', 'probability', 'faithfulness',
@@ -54,19 +55,23 @@ def circuit_logits(model:nn.Module,
                    at:Mapping[str, Positions]|None=None # where the places of the circuit are
                   ) -> Tensor:                   # logits [rows, tokens, vocabulary]
     """Run a model in which only the circuit's heads work; all others give their mean. Raises `ValueError` for sites
-    that are no heads, a place without positions, heads that the model lacks, and heads without mean"""
-    heads = all_heads(model)
+    that are no heads, a place without positions or on padding, heads that the model lacks, and heads without mean"""
+    heads, circuit = all_heads(model), places_of(circuit)
     if missing := [str(s) for s in heads if s not in means]:
         raise ValueError(f'there is no mean of {missing[:3]}; compute the means of all_heads(model) with '
                          'mean_activations')
-    if unknown := [str(s) for ss in places_of(circuit).values() for s in ss if s not in heads]:
+    if unknown := [str(s) for ss in circuit.values() for s in ss if s not in heads]:
         raise ValueError(f'{unknown[:3]} are not in the model, which has {heads[0]} to {heads[-1]}')
-    first = next(v for v in batch.values() if isinstance(v, Tensor))
-    keep = _keeps(circuit, at, *first.shape[:2])
+    for place in circuit:
+        check_positions(batch, (at or {}).get(place), f'at[{place!r}]')
+
+    @cache
+    def kept(rows, tokens): # of the activation: a batch can have other shapes
+        return _keeps(circuit, at, rows, tokens)
 
     def replaced(site):
         def edit(x):
-            mean = as_rows(means[site].to(x), x)
+            mean, keep = as_rows(means[site].to(x), x), kept(*x.shape[:2])
             if site not in keep:
                 return mean
             return torch.where(keep[site][..., None].to(x.device), x, mean)
@@ -77,6 +82,9 @@ def circuit_logits(model:nn.Module,
 
 # %% ../../nbs/evaluators/circuits.ipynb #0007c17c
 def _answers(logits, labels, at) -> tuple[Tensor, Tensor]:
+    p = None if at is None else torch.as_tensor(at)
+    if p is not None and p.ndim == 1 and len(p) == len(logits):
+        at = p[:, None] # an answer has one position, so this is one for each row
     c = columns(at, *logits.shape[:2])
     if c is None or c.shape[1] != 1:
         raise ValueError('an answer has one token: give one position for each row')
@@ -86,7 +94,7 @@ def _answers(logits, labels, at) -> tuple[Tensor, Tensor]:
 class accuracy:
     "Score logits: the share of rows whose most probable token is the label. Raises `ValueError` for several positions"
     labels:Tensor      # [rows]
-    at:Positions=-1    # where the answer is predicted, one position or one for each row
+    at:Positions=-1    # where the answer is predicted, one position or one for each row ([rows])
 
     def __call__(self, logits:Tensor) -> float:
         x, y = _answers(logits, self.labels, self.at)
@@ -96,7 +104,7 @@ class accuracy:
 class probability:
     "Score logits: the mean probability of the label. Raises `ValueError` for several positions"
     labels:Tensor      # [rows]
-    at:Positions=-1    # where the answer is predicted, one position or one for each row
+    at:Positions=-1    # where the answer is predicted, one position or one for each row ([rows])
 
     def __call__(self, logits:Tensor) -> float:
         x, y = _answers(logits, self.labels, self.at)
@@ -231,9 +239,11 @@ def learn_mask(model:nn.Module,
     heads = tuple(h for sites in places_of(tuple(heads)).values() for h in sites)
     if not heads:
         raise ValueError('no heads were given; a mask needs at least one')
-    values = activations(model, source, heads)
-    gate = _Gate(kind, len(heads), seed, next(model.parameters()).device)
-    with evaluating(model), _frozen(model):
+    check_both(batch, source, at, source_at)
+    check_positions(batch, answer_at, 'answer_at')
+    with torch.inference_mode(False), evaluating(model), _frozen(model):
+        values = activations(model, source, heads)
+        gate = _Gate(kind, len(heads), seed, next(model.parameters()).device)
         losses = _fit_gate(model, batch, labels, heads, values, gate, (at, source_at, answer_at),
                            (penalty, steps, rate))
         taken = gate.value().round()

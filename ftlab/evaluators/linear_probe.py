@@ -28,6 +28,7 @@ def control_labels(labels:Sequence,                  # [rows]
     labels, draw = np.asarray(labels), np.random.default_rng(seed)
     if types is None:
         return draw.permutation(labels)
+    types = types.tolist() if isinstance(types, (Tensor, np.ndarray)) else list(types) # tensors hash by identity
     if len(types) != len(labels):
         raise ValueError(f'there are {len(types)} types and {len(labels)} labels; give one type per row')
     given = {t: labels[draw.integers(len(labels))] for t in dict.fromkeys(types)}
@@ -75,10 +76,10 @@ def linear_probe(features:Tensor|np.ndarray, # [rows, width], e.g. from `activat
                 ) -> Probed:
     """Measure how well a linear classifier reads labels from features, and a control task. The same input gives the
     same result. Raises `ValueError` for features that are not [rows, width] or not finite, another number of labels,
-    fewer than 2 different labels, or fewer than 10 rows"""
+    fewer than 2 different labels, fewer than 10 rows, or bad settings"""
     x = np.asarray(features.detach().float().cpu() if isinstance(features, Tensor) else features)
     y = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    _check(x, y, seeds, test)
+    _check(x, y, seeds, test, penalty)
     real, control = [], []
     for seed in range(seeds):
         real.append(_held_out(x, y, penalty, test, seed, steps))
@@ -87,7 +88,7 @@ def linear_probe(features:Tensor|np.ndarray, # [rows, width], e.g. from `activat
                   float(np.unique(y, return_counts=True)[1].max()/len(y)), len(y),
                   all(done for _, done in real + control))
 
-def _check(x, y, seeds, test) -> None:
+def _check(x, y, seeds, test, penalty) -> None:
     "Raise `ValueError` for what no probe can be trained on"
     if x.ndim != 2 or y.ndim != 1 or len(x) != len(y):
         raise ValueError(f'features are {list(x.shape)} and labels {list(y.shape)}; they must be [rows, width] and '
@@ -97,5 +98,6 @@ def _check(x, y, seeds, test) -> None:
     if len(np.unique(y)) < 2 or len(y) < 10:
         raise ValueError(f'{len(y)} rows with {len(np.unique(y))} different labels; a probe needs at least 10 rows '
                          'and 2 labels')
-    if seeds < 1 or not 0 < test < 1:
-        raise ValueError(f'seeds is {seeds} and test is {test}; give at least one seed, and a share between 0 and 1')
+    if seeds < 1 or not 0 < test < 1 or not penalty > 0:
+        raise ValueError(f'seeds is {seeds}, test is {test} and penalty {penalty}; give at least one seed, a share '
+                         'between 0 and 1, and a penalty above 0')

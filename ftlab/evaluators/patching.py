@@ -14,8 +14,9 @@ from ..core.model import device_of, evaluating, model_inputs, to_device, tokens_
 
 # %% auto #0
 __all__ = ['KINDS', 'OF_ONE_HEAD', 'INTERLEAVED', 'DECODER_INPUTS', 'Positions', 'Site', 'Sizes', 'head_sizes', 'all_heads',
-           'edited', 'run_model', 'run_logits', 'activations', 'columns', 'put', 'same_lengths', 'patched',
-           'check_alike', 'patch', 'Paths', 'path_patch', 'mean_activations', 'ablated', 'as_rows']
+           'edited', 'run_model', 'run_logits', 'activations', 'columns', 'check_positions', 'put', 'check_both',
+           'same_lengths', 'patched', 'check_alike', 'patch', 'Paths', 'path_patch', 'mean_activations', 'ablated',
+           'as_rows']
 
 # %% ../../nbs/evaluators/patching.ipynb #0005pa7c
 KINDS = ('residual', 'mlp', 'heads', 'head', 'q', 'k', 'v')
@@ -213,16 +214,31 @@ def columns(at:Positions, # see above
             tokens:int,   # columns of the batch
             name:str='at' # for the error
            ) -> Tensor|None: # [rows, n], from 0; None for all
-    "Bring positions into one form. Raises `ValueError` for positions outside the text or of other rows"
+    """Bring positions into one form, on the CPU. Raises `ValueError` for positions outside the text or of other
+    rows, and for values that are not whole numbers, such as a mask"""
     if at is None:
         return None
-    p = torch.as_tensor(at, dtype=torch.long)
-    p = p.reshape(1, -1) if p.ndim < 2 else p
+    p = torch.as_tensor(at).cpu()
+    if p.numel() and (p.is_floating_point() or p.dtype == torch.bool): # a mask would be read as 0 and 1
+        raise ValueError(f'{name} has values of type {p.dtype}; positions are whole numbers, which count columns')
+    p = p.long().reshape(1, -1) if p.ndim < 2 else p.long()
     if len(p) not in (1, rows):
         raise ValueError(f'{name} has positions for {len(p)} rows, and the batch has {rows}')
     if p.numel() == 0 or p.min() < -tokens or p.max() >= tokens:
         raise ValueError(f'{name} is {p.tolist()}; positions must be from {-tokens} to {tokens - 1}, and at least one')
     return torch.where(p < 0, p + tokens, p).expand(rows, -1)
+
+def check_positions(batch:Mapping[str, Tensor], at:Positions, name:str='at') -> None:
+    """Raise `ValueError` if a position is on padding, or as `columns` does. Without attention_mask [rows, tokens]
+    nothing is padding; in an encoder-decoder positions may be the decoder's, so there only the sites check them"""
+    mask = batch.get('attention_mask')
+    if at is None or mask is None or mask.ndim != 2 or any(k in batch for k in DECODER_INPUTS):
+        return
+    p = columns(at, *mask.shape, name)
+    off = (mask.cpu().gather(1, p) == 0).any(1).nonzero().flatten().tolist()
+    if off:
+        raise ValueError(f'{name} is on padding in rows {off[:5]}; give positions for each row, [rows, n]. With '
+                         'padding on the right, the last token is at attention_mask.sum(1, keepdim=True) - 1')
 
 def put(x:Tensor,     # [rows, tokens, width]
         value:Tensor, # [rows, tokens', width]
@@ -249,15 +265,29 @@ def put(x:Tensor,     # [rows, tokens, width]
     x[row, p.to(x.device)] = value.to(x)[row, s.to(x.device)]
     return x
 
+def check_both(batch:Mapping[str, Tensor], source:Mapping[str, Tensor], at:Positions, source_at:Positions) -> None:
+    "Check positions in a batch and in its source. Raises as `same_lengths` and `check_positions` do"
+    if at is None:
+        return same_lengths(batch, source)
+    check_positions(batch, at)
+    check_positions(source, at if source_at is None else source_at, 'at' if source_at is None else 'source_at')
+
+def _attended(batch) -> Tensor|None:
+    "Return where a batch has tokens, [rows, tokens], None if the input is not text"
+    mask, size = batch.get('attention_mask'), _size(batch)
+    if mask is None:
+        return None if size[0] is None else torch.ones(size, dtype=torch.bool)
+    return mask.cpu().bool()
+
 def same_lengths(batch:Mapping[str, Tensor], source:Mapping[str, Tensor]) -> None:
     "Raise `ValueError` if two batches are not padded alike, so that all their positions could be exchanged"
-    a, b = batch.get('attention_mask'), source.get('attention_mask')
+    a, b = _attended(batch), _attended(source)
     here, there = _size(batch)[1], _size(source)[1]
     if here != there:
         raise ValueError(f'the prompts have {here} tokens and those of the source {there}; give '
                          'prompts of one length, or the positions in both: at and source_at')
-    if a is not None and b is not None and a.shape == b.shape and not torch.equal(a.cpu(), b.cpu()):
-        rows = (a.cpu() != b.cpu()).any(1).nonzero().flatten().tolist()
+    if a is not None and b is not None and a.shape == b.shape and not torch.equal(a, b):
+        rows = (a != b).any(1).nonzero().flatten().tolist()
         raise ValueError(f'rows {rows[:5]} have another number of tokens in the source; give prompts of one length, '
                          'or positions: at')
 
@@ -280,7 +310,8 @@ def check_alike(model:nn.Module, other:nn.Module) -> None:
     "Raise `ValueError` if activations of `other` cannot be put into `model`"
     a, b = anatomy(model), anatomy(other)
     of = lambda m, x: dict(type=x.family, blocks=len(x.blocks), heads=head_sizes(m).heads,
-                           width=head_sizes(m).width, hidden=m.config.get_text_config().hidden_size)
+                           key_heads=head_sizes(m).key_heads, width=head_sizes(m).width,
+                           hidden=m.config.get_text_config().hidden_size)
     one, two = of(model, a), of(other, b)
     if one != two:
         raise ValueError(f'the models do not match: the patched one has {one}, the source {two}; '
@@ -296,12 +327,11 @@ def patch(model:nn.Module,             # the model whose answer is asked
           source_model:nn.Module|None=None # the model that reads `source`; None: `model`
          ) -> Tensor:                  # logits [rows, tokens, vocabulary], or what the head gives
     """Run `batch` with the activations that `source` has at `sites`. Raises `ValueError` for prompts of different
-    length without positions, models that do not match, unknown sites or positions"""
+    length without positions, models that do not match, unknown sites, positions outside the text or on padding"""
     giver = model if source_model is None else source_model
     if giver is not model:
         check_alike(model, giver)
-    if at is None:
-        same_lengths(batch, source)
+    check_both(batch, source, at, source_at)
     values = activations(giver, source, sites)
     with evaluating(model), patched(model, values, at, source_at):
         return run_logits(model, batch)
@@ -309,7 +339,7 @@ def patch(model:nn.Module,             # the model whose answer is asked
 # %% ../../nbs/evaluators/patching.ipynb #0025pa7c
 class Paths:
     """Path patching between two prompts, whose runs are kept. `logits` [rows, tokens, vocabulary] are those
-    of the clean run. Raises as `patch` does"""
+    of the clean run. Raises `ValueError` for an encoder-decoder, and as `patch` does"""
 
     def __init__(self, model:nn.Module,
                  batch:Mapping[str, Tensor],  # the clean prompts
@@ -317,7 +347,11 @@ class Paths:
                  through_mlps:bool=False      # do the MLPs in between compute, instead of staying frozen?
                 ):
         self.model, self.batch, self.source = model, batch, source
-        blocks = range(len(anatomy(model).blocks))
+        a = anatomy(model)
+        if any('cross_o' in b.attention for b in a.blocks):
+            raise ValueError(f'a {a.family} model has cross-attention, which is no site and cannot be frozen; path '
+                             'patching needs a model with one stack')
+        blocks = range(len(a.blocks))
         heads = [Site('heads', b) for b in blocks]
         mlps = [] if through_mlps else [Site('mlp', b) for b in blocks]
         self.clean = activations(model, batch, [*heads, *mlps])
@@ -337,8 +371,8 @@ class Paths:
         kinds of sites, a sender that no receiver comes after, and as `patch` does"""
         senders, receivers = tuple(senders), tuple(receivers)
         _check_path(senders, receivers)
-        if at is None:
-            same_lengths(self.batch, self.source)
+        check_both(self.batch, self.source, at, source_at)
+        check_positions(self.batch, receiver_at, 'receiver_at')
         frozen = self._frozen(senders, at, source_at)
         with evaluating(self.model):
             if not receivers:
@@ -384,11 +418,13 @@ def path_patch(model:nn.Module, batch:Mapping[str, Tensor], source:Mapping[str, 
 def _sums(model, batch, sites, per_position) -> tuple[dict[Site, Tensor], Tensor]:
     "Return the sums over rows (and tokens) of activations, and how many there are"
     found = activations(model, batch, sites)
-    first = next(iter(found.values()))
+    first = next(iter(found.values())).float()
     mask = batch.get('attention_mask')
-    on = first.new_ones(first.shape[:2]) if mask is None else mask.to(first)
+    on = torch.ones_like(first[..., 0]) if mask is None else mask.to(first)
     over = 0 if per_position else (0, 1)
-    return {s: (x*on[..., None]).sum(over) for s, x in found.items()}, on.sum(over)
+    # in single precision: a sum or a count in bfloat16 stops growing at 256
+    sums = {s: torch.where(on[..., None] > 0, x.float(), 0).sum(over) for s, x in found.items()}
+    return sums, on.sum(over)
 
 @torch.no_grad()
 def mean_activations(model:nn.Module,
@@ -396,7 +432,8 @@ def mean_activations(model:nn.Module,
                      sites:Iterable[Site],
                      per_position:bool=True # a mean for each column, or one for all tokens?
                     ) -> dict[Site, Tensor]: # {site: [tokens, width]}, or [width]
-    "Average activations over rows, without padding. Raises `ValueError` for no batch, or for different lengths"
+    """Average activations over rows, without padding, in single precision. Raises `ValueError` for no batch, or for
+    different lengths"""
     sites, total, count = tuple(sites), {}, 0
     for batch in batches:
         sums, n = _sums(model, batch, sites, per_position)
