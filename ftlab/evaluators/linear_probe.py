@@ -66,7 +66,7 @@ def _held_out(x, y, penalty, test, seed, steps) -> tuple[float, bool]:
     done = not any(issubclass(w.category, ConvergenceWarning) for w in found)
     return float(probe.score(b, yb)), done
 
-def linear_probe(features:Tensor|np.ndarray, # [rows, width], of different inputs, e.g. from `activations` at one position
+def linear_probe(features:Tensor|np.ndarray, # [rows, width], of different inputs, e.g. `activations` at one position
                  labels:Sequence,            # [rows], of any kind
                  types:Sequence[Hashable]|None=None, # of each row, for the control task (see `control_labels`)
                  *, seeds:int=5,             # splits and control tasks
