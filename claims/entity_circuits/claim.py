@@ -16,7 +16,8 @@ def run(arm, rate, seed, split, steps) -> dict:
                faithfulness=v['tuned.faithfulness'], recovered=share(v['circuit.cmap']),
                circuit=v['tuned.circuit'], base_accuracy=v['base.accuracy'],
                base_faithfulness=v['base.faithfulness'],
-               random_faithfulness=v['random.faithfulness'], random_recovered=share(v['random.cmap']))
+               random_faithfulness=v['random.faithfulness'],
+               random_recovered=share(v['random.cmap']))
     groups = {f'recovered_{g}': share(v[f'{g}.cmap']) for g in ('fetcher', 'transmitter', 'detector', 'reader')}
     masks = {k.replace('.', '_'): x for k, x in v.items() if k.endswith(('position', 'label', 'object'))}
     return out | groups | masks
@@ -24,8 +25,9 @@ def run(arm, rate, seed, split, steps) -> dict:
 def derive(found) -> dict:
     "The base and the random circuits, from the same runs"
     of = found['tuned']
-    return dict(base=dict(circuit=of['base_accuracy'], faithfulness=of['base_faithfulness']),
-                random=dict(faithfulness=of['random_faithfulness'], recovered=of['random_recovered']))
+    base = dict(circuit=of['base_accuracy'], faithfulness=of['base_faithfulness'])
+    drawn = dict(faithfulness=of['random_faithfulness'], recovered=of['random_recovered'])
+    return dict(base=base, random=drawn)
 
 def identities() -> dict[str, bool]:
     model, tok = ftlab.load('lab-l', revision='step-2214')

@@ -23,7 +23,8 @@ def test_the_three_places_hold_what_they_are_called(moved):
     p = box_prompts(tok, 12, 3, 4, moved)
     x, row = p.batch['input_ids'], torch.arange(12)
     name = p.names[row, p.asked]
-    assert (x[row, p.at['query'][:, 0]] == name).all() and (x[row, p.at['label'][:, 0]] == name).all()
+    for place in ('query', 'label'):
+        assert (x[row, p.at[place][:, 0]] == name).all()
     assert (p.at['label'] < p.at['query']).all() and (p.at['last'] == x.shape[1] - 1).all()
     assert (p.things[row, p.asked] == p.labels).all()
     absent = box_prompts(tok, 12, 4, 4, moved, p.asked, absent=True)
@@ -64,7 +65,7 @@ def test_all_heads_are_the_model_and_cmap_is_patching():
 
 
 def test_groups_are_found_backwards_and_pruned():
-    model, tok = load('lab-l', revision='step-546')
+    model, tok = load('lab-s')
     groups = box_circuit(model, tok, 3, 0, 3, sizes=(2, 1, 1, 1))
     assert list(groups) == list(GROUPS) and {p for p in by_place(groups)} == {'last', 'query', 'label'}
     assert len(groups['transmitter']) == 1 and set(groups['fetcher']).isdisjoint(groups['transmitter'])
@@ -73,8 +74,8 @@ def test_groups_are_found_backwards_and_pruned():
     assert all(set(kept[g]) <= set(groups[g]) for g in groups)
     assert {k: len(v) for k, v in random_circuit(model, groups).items()} == {
         k: len(v) for k, v in groups.items()}
-    mask = property_mask(model, tok, groups['fetcher'] or [Site('head', 0, 0)], 'last', 'position', n=4,
-                         boxes=3, steps=2)
+    heads = groups['fetcher'] or [Site('head', 0, 0)]
+    mask = property_mask(model, tok, heads, 'last', 'position', n=4, boxes=3, steps=2)
     assert 0 <= mask.accuracy <= 1 and len(mask.losses) == 2
 
 

@@ -157,7 +157,7 @@ def circuit_accuracy(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequenc
 
 def pruned(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequence[Site]], means:Mapping[Site, Tensor],
            threshold:float=.01) -> dict[str, tuple[Site, ...]]:
-    "Keep in each group the heads that the circuit needs (`prune`, on the answer's probability), one group after the other"
+    "Keep the heads that the circuit needs (`prune`, on the answer's probability), one group after the other"
     kept = dict(groups)
     for g, sites in groups.items():
         score = lambda heads: circuit_accuracy(model, prompts, kept | {g: sorted(heads)}, means,
