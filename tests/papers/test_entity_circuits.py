@@ -1,0 +1,87 @@
+"entity_circuits: what its page cannot say about itself"
+import pytest, torch
+from ftlab import papers
+from ftlab.core.loading import load
+from ftlab.evaluators.circuits import random_circuit
+from ftlab.evaluators.mechanisms.entity_circuits import (
+    GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, by_place, circuit_accuracy,
+    cmap_accuracy, counterfactual, property_mask, pruned)
+from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch
+from toys import TOK, toy
+
+ENTRY = next(e for e in papers.index() if e['key'] == 'entity_circuits')
+
+
+def test_it_is_the_paper_of_the_catalogue():
+    row = papers.catalogue()['entity_circuits']
+    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
+
+
+@pytest.mark.parametrize('moved', [False, True])
+def test_the_three_places_hold_what_they_are_called(moved):
+    tok = load('lab-l', revision='step-546')[1]
+    p = box_prompts(tok, 12, 3, 4, moved)
+    x, row = p.batch['input_ids'], torch.arange(12)
+    name = p.names[row, p.asked]
+    for place in ('query', 'label'):
+        assert (x[row, p.at[place][:, 0]] == name).all()
+    assert (p.at['label'] < p.at['query']).all() and (p.at['last'] == x.shape[1] - 1).all()
+    assert (p.things[row, p.asked] == p.labels).all()
+    absent = box_prompts(tok, 12, 4, 4, moved, p.asked, absent=True)
+    asked = absent.batch['input_ids'][row, absent.at['query'][:, 0]]
+    assert all((r == a).sum() == 1 for r, a in zip(absent.batch['input_ids'], asked))
+    assert torch.equal(absent.asked, p.asked) and absent.batch['input_ids'].shape == x.shape
+
+
+@pytest.mark.parametrize('moved', [False, True])
+def test_the_properties_want_what_they_say(moved):
+    tok = load('lab-l', revision='step-546')[1]
+    p, row = box_prompts(tok, 12, 3, 4, moved), torch.arange(12)
+    for prop in PROPERTIES:
+        s, wanted = counterfactual(p, tok, prop, 5, moved)
+        asked = s.names[row, s.asked]
+        if prop == 'label': # the box of that name is in the prompt, and is not the one asked about
+            assert all(w == t[n == a] for w, t, n, a in zip(wanted, p.things, p.names, asked))
+        else:
+            assert (s.asked != p.asked).all()
+            from_ = p.things if prop == 'position' else s.things
+            assert torch.equal(wanted, from_[row, s.asked])
+        assert (wanted != p.labels).all() or prop == 'object'
+
+
+def test_all_heads_are_the_model_and_cmap_is_patching():
+    tok = load('lab-l', revision='step-546')[1]
+    model, _ = load('lab-l', revision='step-546')
+    other, _ = load('lab-l', revision='step-2214')
+    p = box_prompts(tok, 6, 0, 3)
+    heads = all_heads(model)
+    means = mean_activations(model, [p.batch], heads)
+    everywhere = dict(fetcher=heads)
+    logits = patch(model, p.batch, p.batch, heads, p.at['last'], source_model=other)
+    by_hand = float((logits[:, -1].argmax(-1) == p.labels).float().mean())
+    assert cmap_accuracy(model, other, p, everywhere) == by_hand
+    assert cmap_accuracy(model, model, p, everywhere) == box_accuracy(model, p)
+    assert 0 <= circuit_accuracy(model, p, everywhere, means) <= 1
+
+
+def test_groups_are_found_backwards_and_pruned():
+    model, tok = load('lab-s')
+    groups = box_circuit(model, tok, 3, 0, 3, sizes=(2, 1, 1, 1))
+    assert list(groups) == list(GROUPS) and {p for p in by_place(groups)} == {'last', 'query', 'label'}
+    assert len(groups['transmitter']) == 1 and set(groups['fetcher']).isdisjoint(groups['transmitter'])
+    p = box_prompts(tok, 6, 5, 3)
+    kept = pruned(model, p, groups, mean_activations(model, [p.batch], all_heads(model)))
+    assert all(set(kept[g]) <= set(groups[g]) for g in groups)
+    assert {k: len(v) for k, v in random_circuit(model, groups).items()} == {
+        k: len(v) for k, v in groups.items()}
+    heads = groups['fetcher'] or [Site('head', 0, 0)]
+    mask = property_mask(model, tok, heads, 'last', 'position', n=4, boxes=3, steps=2)
+    assert 0 <= mask.accuracy <= 1 and len(mask.losses) == 2
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match='boxes is 17'):
+        box_prompts(TOK, 2, boxes=17)
+    with pytest.raises(ValueError, match="'colour' is no property"):
+        counterfactual(None, TOK, 'colour', 0)
+    assert len(all_heads(toy())) == 8
