@@ -3,18 +3,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import VOCAB, tiny
-from toys import TOK, assert_off_saved_folded, assert_resumes, lab_data, logits, toy
+from toys import TOK, assert_off_saved_folded, assert_resumes, classifier, lab_data, label_data, logits, toy
 from ftlab import papers
 from ftlab.adapters.attach import attach, oriented
 from ftlab.adapters.lowrank import to_peft
-from ftlab.adapters.modules.corda import (ContextLoRA, by_context, corda, covariances, damped, split,
-                                          split_by_context)
+from ftlab.adapters.modules.corda import (ContextLoRA, StartByContext, corda, covariances, damped,
+                                          split)
 from ftlab.adapters.select import parts
 from ftlab.adapters.yardsticks.low_rank import minor, principal
-from ftlab.core.batches import collate
 from ftlab.core.data import data
+from ftlab.core.recipe import With
 from ftlab.core.tokens import IGNORE, encode_all
 from ftlab.trainers.fit import fit
+from ftlab.trainers.losses.dft import dft
 
 ENTRY = next(e for e in papers.index() if e['key'] == 'corda')
 MODES = dict(preview=dict(mode='preview', rows=24), keep=dict(mode='keep', old='sort', rows=24))
@@ -48,8 +49,11 @@ def one_by_one(batch):
 
 def started(model, batch, mode, r=4, alpha=10.):
     chosen = {n: True for n in parts()(model) if model.get_parameter(n).ndim == 2}
+    att = attach(model, chosen, With(ContextLoRA, r=r, alpha=alpha))
     C = covariances(model, [batch], chosen)
-    return attach(model, chosen, by_context(C, r, alpha, mode)), C
+    for n, d in att.deltas.items():
+        d.start(*split(att.weight(n)[0], C[n], r, d.s, mode))
+    return att, C
 
 
 # ---------- equal to peft
@@ -201,14 +205,16 @@ def test_prompts_are_what_comes_before_the_answer():
     assert all(torch.equal(C, whole[n]) for n, C in covariances(model, [no_prompt], names, True).items())
 
 
-def test_every_weight_gets_its_own_context():
-    model, batch = tiny('llama'), ids('llama')
-    chosen = dict(reversed(list(parts()(model).items()))) # in any order
-    C = covariances(model, [batch], list(chosen)[::-1])
-    att = attach(model, chosen, by_context(C, 3, 3., 'keep'))
-    for n, d in att.deltas.items():
-        A, B = split(att.weight(n)[0], C[n], 3, 1., 'keep')
-        assert torch.equal(d.A0, A) and torch.equal(d.B0, B)
+@pytest.mark.parametrize('mode', MODES)
+def test_every_weight_starts_by_its_own_context(mode):
+    run = fit(toy(), TOK, lab_data(), corda(r=3, alpha=6., **MODES[mode]), steps=1, batch_size=8, progress=False)
+    start = StartByContext(**MODES[mode])
+    state = SimpleNamespace(rows=rows_of(len(lab_data().train)), tok=TOK, seed=0, limit=128, pad_id=TOK.pad_token_id,
+                            device='cpu')
+    C = covariances(toy(), start.batches(state), run.delta.attached.deltas, prompts=mode == 'keep')
+    for n, d in run.delta.attached.deltas.items():
+        A, B = split(run.delta.attached.weight(n)[0], C[n], 3, 2., mode)
+        torch.testing.assert_close(d.B0 @ d.A0, B @ A, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize('wrong, says', [
@@ -233,14 +239,25 @@ def test_saved_switched_off_folded_and_resumed(mode, tmp_path):
 
 
 def test_what_is_read_differs_by_mode_seed_and_data():
-    model = toy()
-    read = lambda old=None, seed=0, mode='preview': split_by_context(4, 4., mode, old, 16)(
-        SimpleNamespace(model=model, tok=TOK, data=lab_data(), seed=seed)).delta.contexts
-    n = 'model.layers.1.mlp.down_proj.weight'
-    found = [read()[n], read(seed=1)[n], read('sort', mode='keep')[n], read('reverse', mode='keep')[n]]
-    assert torch.equal(found[0], read()[n])
+    def read(seed=0, **how):
+        run = fit(toy(), TOK, lab_data(), corda(r=4, rows=16, **how), steps=1, batch_size=8, seed=seed, progress=False)
+        d = run.delta.attached.deltas['model.layers.1.mlp.down_proj.weight']
+        return d.B0 @ d.A0
+    found = [read(), read(seed=1), read(mode='keep', old='sort'), read(mode='keep', old='reverse')]
+    assert torch.equal(found[0], read())
     for i, a in enumerate(found):
-        assert not any(torch.allclose(a, b) for b in found[:i])
+        assert not any(torch.allclose(a, b, atol=1e-4) for b in found[:i])
+
+
+def test_it_goes_with_another_loss():
+    both = corda(r=4, rows=16)*dft()
+    run = fit(toy(), TOK, lab_data(), both, steps=2, batch_size=8, progress=False)
+    assert both.name == 'corda x dft' and all(d.A0.any() for d in run.delta.attached.deltas.values())
+
+
+def test_a_classifier_is_read_whole():
+    run = fit(classifier(), TOK, label_data(), corda(r=4, rows=16), steps=1, batch_size=8, progress=False)
+    assert all(d.A0.any() for d in run.delta.attached.deltas.values())
 
 
 def test_the_record_names_the_old_rows():
@@ -260,7 +277,7 @@ def test_wrong_arguments_are_refused(wrong, says):
 
 
 @pytest.mark.parametrize('wrong, says', [
-    (dict(mode='x'), "mode is 'x'"), (dict(alpha=0.), 'alpha is 0'), (dict(r=9), 'rank 9'),
+    (dict(alpha=0.), 'alpha is 0'), (dict(r=9), 'rank 9'),
     (dict(mask=torch.ones(8, 8, dtype=torch.bool)), 'whole matrices')])
 def test_a_wrong_delta_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):

@@ -4,22 +4,22 @@
 
 # %% ../../../nbs/adapters/modules/corda.ipynb #corda-3
 from __future__ import annotations
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from ..lowrank import LoRA
 from ..select import named, parts
 from ..yardsticks.low_rank import MATRICES, Started
 from ...core.batches import collate, order
-from ...core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
+from ...core.model import evaluating, model_inputs, to_device
 from ...core.paper import Method, method
-from ...core.recipe import Recipe, Stages
+from ...core.recipe import Loop, Recipe, With
 from ...core.tokens import IGNORE, encode_all
 from ...trainers.yardsticks.regularisers import named_data, old_data
 
 # %% auto #0
-__all__ = ['MODES', 'covariances', 'damped', 'split', 'ContextLoRA', 'by_context', 'split_by_context', 'corda']
+__all__ = ['MODES', 'covariances', 'damped', 'split', 'ContextLoRA', 'StartByContext', 'corda']
 
 # %% ../../../nbs/adapters/modules/corda.ipynb #corda-6
 class _Reading:
@@ -110,75 +110,52 @@ def split(W:Tensor,           # [out, in]
 
 # %% ../../../nbs/adapters/modules/corda.ipynb #corda-10
 class ContextLoRA(LoRA):
-    """`W + s (B A - B0 A0)`, where `s B0 A0` is a part of the weight that a context chose.
-    Raises `ValueError` as `LoRA` does, for an unknown mode, and for a scale that is not positive."""
+    """`W + s (B A - B0 A0)`, where `s B0 A0` is the part of the weight at which the change was started.
+    Raises `ValueError` as `LoRA` does, and for a scale that is not positive."""
     kind = 'corda'
 
-    def __init__(self, W:Tensor, mask=True, r:int=8, alpha:float=8., # as in `LoRA`
-                 mode:str='preview',    # as in `split`
-                 C:Tensor|None=None):   # as in `split`; None also where saved values follow
-        if mode not in MODES:
-            raise ValueError(f'mode is {mode!r}; it must be {" or ".join(MODES)}')
+    def __init__(self, W:Tensor, mask=True, r:int=8, alpha:float=8.): # as in `LoRA`
         if not alpha > 0:
             raise ValueError(f'alpha is {alpha}; the start is divided by it, so it must be above 0')
         super().__init__(W, mask, r, alpha)
-        A, B = (t.contiguous().to(W) for t in split(W, C, r, self.s, mode))
-        self.A.data, self.B.data = A, B
-        self.register_buffer('A0', A.clone())
-        self.register_buffer('B0', B.clone())
-        self.config = dict(r=r, alpha=alpha, mode=mode)
+        self.register_buffer('A0', torch.zeros_like(self.A))
+        self.register_buffer('B0', torch.zeros_like(self.B))
+        self.config = dict(r=r, alpha=alpha)
+
+    @torch.no_grad()
+    def start(self, A:Tensor, B:Tensor) -> None: # [r, in] and [out, r]
+        "Begin at this product: it is trained, and subtracted from what is frozen"
+        for own, t in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
+            own.copy_(t)
 
     forward, branch, pair = Started.forward, Started.branch, Started.pair
 
 # %% ../../../nbs/adapters/modules/corda.ipynb #corda-12
-@dataclass(frozen=True, eq=False)
-class by_context:
-    "Create `ContextLoRA` at each weight from its own covariance"
-    contexts:Mapping[str, Tensor] # {name: covariance}
-    r:int
-    alpha:float
-    mode:str
+class StartByContext:
+    "A callback: before a run begins, let the base read rows, and start each weight's change by what its layer read"
+    def __init__(self, mode:str='preview', # as in `split`
+                 old=None,                 # for 'keep', as in `old_data`
+                 rows:int=256):            # how many rows, the first in a shuffled order
+        self.mode, self.old, self.rows = mode, old, rows
 
-    def fitted(self, model, chosen) -> _InTurn:
-        "Return what makes the deltas of these weights, in this order"
-        return _InTurn(self, [self.contexts[n] for n in chosen])
+    def before_load(self, state):
+        deltas = {n: d for n, d in state.attached.deltas.items() if isinstance(d, ContextLoRA)}
+        if any(isinstance(p, DTensor) for d in deltas.values() for p in d.parameters()):
+            raise ValueError('CorDA decomposes whole weights, and these are divided among processes; use shard=False')
+        keep = self.mode == 'keep'
+        C = covariances(state.model, self.batches(state), deltas, prompts=keep)
+        for n, d in deltas.items():
+            d.start(*split(state.attached.weight(n)[0], C[n], d.config['r'], d.s, self.mode))
 
-    def __repr__(self):
-        return f'ContextLoRA(r={self.r}, {self.mode})'
-
-class _InTurn:
-    "Hand out the covariances in the order in which `attach` makes the deltas"
-    def __init__(self, how, contexts):
-        self.how, self.left = how, iter(contexts)
-
-    def __call__(self, W, mask=True):
-        return ContextLoRA(W, mask, self.how.r, self.how.alpha, self.how.mode, next(self.left))
-
-@dataclass(frozen=True)
-class split_by_context:
-    "Build the run: read rows with the base, and split every weight by what its layer read"
-    r:int
-    alpha:float
-    mode:str
-    old:object=field(default=None, hash=False)
-    rows:int=256
-    targets:str|tuple=MATRICES
-
-    def __call__(self, context) -> Recipe:
-        model, tok = context.model, context.tok
-        where = named(self.targets) if isinstance(self.targets, str) else parts(*self.targets)
-        names = [n for n in where(model) if model.get_parameter(n).ndim == 2]
-        read = context.data if self.mode == 'preview' else old_data(self.old)
-        C = covariances(model, self.batches(read, model, tok, context.seed), names,
-                        prompts=self.mode == 'keep')
-        return Recipe('corda', select=where, delta=by_context(C, self.r, self.alpha, self.mode))
-
-    def batches(self, read, model, tok, seed:int, size:int=8) -> Iterable[dict]:
-        "Yield the rows that are read, encoded: the first in a shuffled order"
-        picked = order(len(read.train), 0, seed)[:self.rows].tolist()
-        rows = encode_all([read.train[i] for i in picked], tok, read.kind, row_limit(model, tok))
+    def batches(self, state, size:int=8) -> Iterator[dict]:
+        "Yield the rows that are read, in batches of `size`"
+        old = old_data(self.old) if self.mode == 'keep' else None
+        given = state.rows if old is None else old.train
+        rows = [given[i] for i in order(len(given), 0, state.seed)[:self.rows].tolist()]
+        if old is not None:
+            rows = encode_all(rows, state.tok, old.kind, state.limit)
         for i in range(0, len(rows), size):
-            yield to_device(collate(rows[i:i + size], pad_id(tok)), device_of(model))
+            yield to_device(collate(rows[i:i + size], state.pad_id), state.device)
 
 @method('CorDA: Context-Oriented Decomposition Adaptation of Large Language Models', '2406.05223',
     'LoRA that starts where old questions read least forgets less than LoRA; one that starts where the new task '
@@ -205,5 +182,7 @@ def corda(r:int=8,           # the rank
         raise ValueError("the mode 'keep' needs old rows, and 'preview' reads the training rows: use "
                          "corda(mode='keep', old='fact') or corda()")
     old, said = named_data(old)
-    return Recipe(Method('corda', arguments=dict(old=said)),
-                  loop=Stages(split_by_context(r, alpha, mode, old, rows, targets)))
+    where = named(targets) if isinstance(targets, str) else parts(*targets)
+    start = With(StartByContext, mode=mode, old=old, rows=rows)
+    return Recipe(Method('corda', arguments=dict(old=said)), select=where,
+                  delta=With(ContextLoRA, r=r, alpha=alpha), loop=Loop(callbacks=(start,)))
