@@ -82,7 +82,7 @@ def damped(C:Tensor # [in, in]
           ) -> tuple[Tensor, Tensor]: # the matrix and its inverse
     """Add 1% of the mean of the diagonal to the diagonal, doubled until the product with the inverse is the
     identity to within .05. Raises `ValueError` for a matrix whose diagonal is not positive on average."""
-    eye, size, damp = torch.eye(len(C), device=C.device), C.diagonal().mean(), .01
+    eye, size, damp = torch.eye(len(C)).to(C), C.diagonal().mean(), .01
     if not 0 < float(size) < torch.inf:
         raise ValueError(f'the mean of the covariance\'s diagonal is {float(size):g}; a layer that reads only zeros '
                          'has no directions to choose: leave it out (targets=)')
@@ -100,8 +100,8 @@ def split(W:Tensor,           # [out, in]
           mode:str='preview'  # 'preview': the largest components, 'keep': the smallest
          ) -> tuple[Tensor, Tensor]:
     "Return A [r, in] and B [out, r] with `s B A` the r chosen components of W as the context weighs them"
-    W = W.float()
-    full, inverse = (None, None) if C is None else damped(C.to(W.device))
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    full, inverse = (None, None) if C is None else damped(C.to(W))
     U, S, V = torch.linalg.svd(W if C is None else W @ full, full_matrices=False)
     V = V if C is None else V @ inverse
     which = slice(r) if mode == 'preview' else slice(-r, None)
@@ -162,7 +162,7 @@ class StartByContext:
     'reads most learns better than LoRA and PiSSA.',
     'the abstract of version 2, the official code (iboing/CorDA, baffb03, cordalib/) and peft 0.21.2 '
     '(tuners/lora/corda.py), to whose start it is equal; a row up to its answer as a question is our reading',
-    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(mode='keep', old='sort', rows=8, r=4, alpha=4.))
+    lr=1e-3, lrs=(3e-4, 1e-3, 3e-3), toy=dict(mode='keep', old='sort', rows=8, r=4, alpha=4.))
 def corda(r:int=8,           # the rank
           alpha:float=8.,    # the scale is alpha/r
           mode:str='preview', # 'preview': train what the new task uses most; 'keep': what `old` uses least
