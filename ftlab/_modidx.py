@@ -240,6 +240,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'ftlab/adapters/modules/corda.py'),
                                               'ftlab.adapters.modules.corda._Reading.note': ( 'adapters/modules/corda.html#_reading.note',
                                                                                               'ftlab/adapters/modules/corda.py'),
+                                              'ftlab.adapters.modules.corda._check_mode': ( 'adapters/modules/corda.html#_check_mode',
+                                                                                            'ftlab/adapters/modules/corda.py'),
                                               'ftlab.adapters.modules.corda._counted': ( 'adapters/modules/corda.html#_counted',
                                                                                          'ftlab/adapters/modules/corda.py'),
                                               'ftlab.adapters.modules.corda.corda': ( 'adapters/modules/corda.html#corda',

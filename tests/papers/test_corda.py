@@ -179,6 +179,23 @@ def test_a_flat_covariance_is_damped_until_its_inverse_holds():
         damped(torch.zeros(4, 4))
 
 
+@pytest.mark.parametrize('at', [(0, 1), (0, 0)])
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_a_covariance_without_finite_values_is_refused(at, value):
+    "Off the diagonal no damping would ever be enough"
+    C = torch.eye(3)
+    C[at] = value
+    with pytest.raises(ValueError, match='NaN or infinite'):
+        damped(C)
+
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(mode='smallest'), "mode is 'smallest'"), (dict(r=0), 'rank 0'), (dict(r=6), 'rank 6 does not fit .* 7 x 5')])
+def test_a_decomposition_that_does_not_exist_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        split(gaussian(7, 5), None, **dict(r=2, mode='keep') | wrong)
+
+
 # ---------- what is read
 
 @pytest.mark.parametrize('family', 'llama qwen2 gemma gpt2 opt gpt_neox bert qwen2_moe'.split())
@@ -191,6 +208,54 @@ def test_padding_and_the_size_of_batches_do_not_count(family):
         torch.testing.assert_close(whole[n], single[n], atol=1e-4*float(whole[n].abs().max()), rtol=1e-3)
     assert all(torch.equal(was[n], p) for n, p in model.named_parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_padding_may_be_nan():
+    model, batch = tiny('llama'), ids('llama')
+    names, off = ['model.layers.1.mlp.down_proj.weight'], ~batch['attention_mask'].bool()[..., None]
+    want = covariances(model, [batch], names)
+    with model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+            lambda m, args: (args[0].masked_fill(off, torch.nan),)):
+        found = covariances(model, [batch], names)
+    torch.testing.assert_close(found, want, atol=0, rtol=0)
+
+
+def test_a_row_may_count_as_longer_than_it_is():
+    "Rows of 9 and 7 tokens count as 90; what moves is the balance of A and B, and not their product"
+    model, batch = tiny('llama'), ids('llama')
+    names = ['model.layers.1.mlp.down_proj.weight']
+    rows = [next(iter(covariances(model, [b], names).values())) for b in one_by_one(batch)]
+    long = covariances(model, [batch], names, length=90)[names[0]]
+    want = torch.stack([C*90/(7 if i == len(rows) - 1 else 9) for i, C in enumerate(rows)]).mean(0)
+    torch.testing.assert_close(long, want, atol=1e-5, rtol=1e-4)
+    W = model.get_parameter(names[0]).detach()
+    (a, b), (A, B) = split(W, long/100, 4, 1., 'keep'), split(W, long, 4, 1., 'keep')
+    torch.testing.assert_close(b @ a, B @ A, atol=1e-3*float(W.abs().max()), rtol=0)
+    torch.testing.assert_close(a.norm(), 10*A.norm(), atol=0, rtol=1e-3)
+    torch.testing.assert_close(b.norm(), B.norm()/10, atol=0, rtol=1e-3)
+
+
+def test_the_length_reaches_the_run():
+    def sizes(**how):
+        run = fit(toy(), TOK, lab_data(), corda(r=4, rows=16, mode='keep', old='sort', **how), steps=1, batch_size=8,
+                  progress=False)
+        d = run.delta.attached.deltas['model.layers.1.mlp.down_proj.weight']
+        return float(d.B0.norm()/d.A0.norm())
+    assert 50 < sizes(length=2048)/sizes() < 1000
+
+
+def test_a_layer_that_reads_zeros_is_named():
+    model = toy()
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    with pytest.raises(ValueError, match='layers.0.mlp.down_proj.weight.: the mean .* reads only zeros'):
+        fit(model, TOK, lab_data(), corda(r=4, rows=16), steps=1, batch_size=8, progress=False)
+
+
+def test_a_base_in_half_precision_starts_as_itself():
+    model = toy().to(torch.bfloat16)
+    before = logits(model)
+    fit(model, TOK, lab_data(), corda(r=4, rows=16), steps=1, batch_size=8, lr=1e-12, progress=False)
+    torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
 
 
 def test_prompts_are_what_comes_before_the_answer():
@@ -270,7 +335,7 @@ def test_the_record_names_the_old_rows():
 @pytest.mark.parametrize('wrong, says', [
     (dict(mode='largest'), "mode is 'largest'"), (dict(mode='keep'), "'keep' needs old rows"),
     (dict(old='fact'), "'preview' reads the training rows"), (dict(rows=0), 'rows is 0'),
-    (dict(rows=True), 'rows is True')])
+    (dict(rows=True), 'rows is True'), (dict(length=0), 'length is 0')])
 def test_wrong_arguments_are_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         corda(**wrong)

@@ -24,18 +24,22 @@ __all__ = ['MODES', 'covariances', 'damped', 'split', 'ContextLoRA', 'StartByCon
 # %% ../../../nbs/adapters/modules/corda.ipynb #corda-6
 class _Reading:
     "What the layers read on rows: for each, the sum of its covariances"
-    def __init__(self, names):
+    def __init__(self, names, length):
         self.sums, self.counted, self.rows = dict.fromkeys(names, 0.), None, 0
+        self.length = length
 
     def note(self, name, x):
         on = self.counted # [rows, tokens]: which count
         if x.numel() != on.numel()*x.shape[-1]:
             raise ValueError(f'{name!r} reads {tuple(x.shape)} where the rows have {tuple(on.shape)} tokens; CorDA '
                              'needs layers that read every token: leave it out (targets=)')
-        x = x.detach().float().reshape(*on.shape, -1)
-        top = x.masked_fill(~on[..., None], -torch.inf).amax((1, 2)).abs() # peft's, of the signed values
-        x = x/torch.where(top > 0, top, 1.)[:, None, None]*on[..., None]
-        x = x.flatten(0, 1)
+        x, off = x.detach().float().reshape(*on.shape, -1), ~on[..., None]
+        top = x.masked_fill(off, -torch.inf).amax((1, 2)).abs() # peft's, of the signed values
+        scale = 1/torch.where(top > 0, top, 1.)
+        if self.length is not None:
+            scale = scale*(self.length/on.sum(1).clamp(min=1)).sqrt()
+        # padding may be NaN, so it is replaced and not multiplied
+        x = (x*scale[:, None, None]).masked_fill(off, 0.).flatten(0, 1)
         self.sums[name] = self.sums[name] + x.T @ x
 
 def _counted(batch, prompts):
@@ -51,11 +55,12 @@ def _counted(batch, prompts):
 def covariances(model,
                 batches:Iterable[dict], # encoded rows of text, padded
                 names:Iterable[str],    # of weights
-                prompts:bool=False      # count only the tokens before the answer, in rows that have some
+                prompts:bool=False,     # count only the tokens before the answer, in rows that have some
+                length:int|None=None    # weigh each row as this many tokens; None: as many as it has
                ) -> dict[str, Tensor]:  # {name: [in, in], float32}
     """Average over rows the product `X X^T` of what each layer reads, each row divided by its largest value.
     Raises `ValueError` for rows that are not text, a layer that does not read every token, and no rows."""
-    reading, hooks = _Reading(names), []
+    reading, hooks = _Reading(names, length), []
     for n in reading.sums:
         layer = model.get_submodule(n.rpartition('.')[0])
         hooks.append(layer.register_forward_pre_hook(
@@ -78,12 +83,20 @@ def covariances(model,
 # %% ../../../nbs/adapters/modules/corda.ipynb #corda-8
 MODES = ('preview', 'keep')
 
+def _check_mode(mode):
+    if mode not in MODES:
+        raise ValueError(f'mode is {mode!r}; it must be {" or ".join(MODES)}')
+
 def damped(C:Tensor # [in, in]
           ) -> tuple[Tensor, Tensor]: # the matrix and its inverse
     """Add 1% of the mean of the diagonal to the diagonal, doubled until the product with the inverse is the
-    identity to within .05. Raises `ValueError` for a matrix whose diagonal is not positive on average."""
+    identity to within .05. Raises `ValueError` for values that are not finite, and for a matrix whose diagonal is not
+    positive on average."""
+    if not C.isfinite().all(): # the loop below would never end
+        raise ValueError('the covariance holds values that are NaN or infinite; in half precision the model may '
+                         'overflow on these rows: load it in float32')
     eye, size, damp = torch.eye(len(C)).to(C), C.diagonal().mean(), .01
-    if not 0 < float(size) < torch.inf:
+    if not float(size) > 0:
         raise ValueError(f'the mean of the covariance\'s diagonal is {float(size):g}; a layer that reads only zeros '
                          'has no directions to choose: leave it out (targets=)')
     while True:
@@ -99,7 +112,12 @@ def split(W:Tensor,           # [out, in]
           s:float=1.,         # the scale of the product
           mode:str='preview'  # 'preview': the largest components, 'keep': the smallest
          ) -> tuple[Tensor, Tensor]:
-    "Return A [r, in] and B [out, r] with `s B A` the r chosen components of W as the context weighs them"
+    """Return A [r, in] and B [out, r] with `s B A` the r chosen components of W as the context weighs them.
+    Raises `ValueError` for an unknown mode or a rank that W has not, and as `damped` does."""
+    _check_mode(mode)
+    if not 1 <= r <= min(W.shape):
+        raise ValueError(f'rank {r} does not fit a matrix of {W.shape[0]} x {W.shape[1]}: '
+                         f'it must be between 1 and {min(W.shape)}')
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     full, inverse = (None, None) if C is None else damped(C.to(W))
     U, S, V = torch.linalg.svd(W if C is None else W @ full, full_matrices=False)
@@ -135,17 +153,23 @@ class StartByContext:
     "A callback: before a run begins, let the base read rows, and start each weight's change by what its layer read"
     def __init__(self, mode:str='preview', # as in `split`
                  old=None,                 # for 'keep', as in `old_data`
-                 rows:int=256):            # how many rows, the first in a shuffled order
-        self.mode, self.old, self.rows = mode, old, rows
+                 rows:int=256,             # how many rows, the first in a shuffled order
+                 length:int|None=None):    # as in `covariances`
+        _check_mode(mode)
+        self.mode, self.old, self.rows, self.length = mode, old, rows, length
 
     def before_load(self, state):
         deltas = {n: d for n, d in state.attached.deltas.items() if isinstance(d, ContextLoRA)}
         if any(isinstance(p, DTensor) for d in deltas.values() for p in d.parameters()):
             raise ValueError('CorDA decomposes whole weights, and these are divided among processes; use shard=False')
         keep = self.mode == 'keep'
-        C = covariances(state.model, self.batches(state), deltas, prompts=keep)
+        C = covariances(state.model, self.batches(state), deltas, keep, self.length)
         for n, d in deltas.items():
-            d.start(*split(state.attached.weight(n)[0], C[n], d.config['r'], d.s, self.mode))
+            try:
+                start = split(state.attached.weight(n)[0], C[n], d.config['r'], d.s, self.mode)
+            except ValueError as e:
+                raise ValueError(f'{n!r}: {e}') from None
+            d.start(*start)
 
     def batches(self, state, size:int=8) -> Iterator[dict]:
         "Yield the rows that are read, in batches of `size`"
@@ -160,29 +184,31 @@ class StartByContext:
 @method('CorDA: Context-Oriented Decomposition Adaptation of Large Language Models', '2406.05223',
     'LoRA that starts where old questions read least forgets less than LoRA; one that starts where the new task '
     'reads most learns better than LoRA and PiSSA.',
-    'the abstract of version 2, the official code (iboing/CorDA, baffb03, cordalib/) and peft 0.21.2 '
-    '(tuners/lora/corda.py), to whose start it is equal; a row up to its answer as a question is our reading',
+    'the paper as of NeurIPS 2024 (sections 3.2 to 3.4, Tables 1, 2 and 4), the official code (iboing/CorDA, baffb03, '
+    'cordalib/) and peft 0.21.2 (tuners/lora/corda.py), to whose start it is equal; a row up to its answer as a '
+    'question is our reading',
     lr=1e-3, lrs=(3e-4, 1e-3, 3e-3), toy=dict(mode='keep', old='sort', rows=8, r=4, alpha=4.))
 def corda(r:int=8,           # the rank
           alpha:float=8.,    # the scale is alpha/r
           mode:str='preview', # 'preview': train what the new task uses most; 'keep': what `old` uses least
           old=None,          # for 'keep': what the model should keep, as in `replay`
           rows:int=256,      # how many rows are read
+          length:int|None=None, # weigh each row as this many tokens; the official code's windows for 'keep': 2048
           targets:str|tuple=MATRICES # as in `lora`
          ) -> Recipe:
     """Train a low-rank change that starts at a part of each weight, chosen by what its layer reads (CorDA)
 
     Reading costs one forward pass of `rows` rows, and one singular value decomposition a weight. Raises `ValueError`
-    for an unknown mode, `rows` below 1, `old` without the mode 'keep', and 'keep' without `old`."""
-    if mode not in MODES:
-        raise ValueError(f'mode is {mode!r}; it must be {" or ".join(MODES)}')
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(f'rows is {rows!r}; it must be a whole number of at least 1')
+    for an unknown mode, `rows` or `length` below 1, `old` without the mode 'keep', and 'keep' without `old`."""
+    _check_mode(mode)
+    for name, n in dict(rows=rows, length=1 if length is None else length).items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f'{name} is {n!r}; it must be a whole number of at least 1')
     if (mode == 'keep') != (old is not None):
         raise ValueError("the mode 'keep' needs old rows, and 'preview' reads the training rows: use "
                          "corda(mode='keep', old='fact') or corda()")
     old, said = named_data(old)
     where = named(targets) if isinstance(targets, str) else parts(*targets)
-    start = With(StartByContext, mode=mode, old=old, rows=rows)
+    start = With(StartByContext, mode=mode, old=old, rows=rows, length=length)
     return Recipe(Method('corda', arguments=dict(old=said)), select=where,
                   delta=With(ContextLoRA, r=r, alpha=alpha), loop=Loop(callbacks=(start,)))
