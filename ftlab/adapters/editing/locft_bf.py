@@ -84,8 +84,8 @@ class DepthFirst:
         self.rows = [state.rows[i] for i in order(len(state.rows), 0, state.seed).tolist()]
         self.groups = -(-len(self.rows)//self.size)
         if self.steps < self.groups:
-            raise ValueError(f'{len(self.rows)} rows in batches of {self.size} are {self.groups} batches, and depth-first '
-                             f'gives each at least one of the {self.steps} steps; give more steps')
+            raise ValueError(f'{len(self.rows)} rows in batches of {self.size} are {self.groups} batches, and '
+                             f'depth-first gives each at least one of the {self.steps} steps; give more steps')
 
     def next(self, state) -> list[dict]:
         "Return the micro-batches of step `state.step`; a last, smaller batch is filled with its own rows"
@@ -165,8 +165,8 @@ def fact_edits(n:int,          # how many
     far = [r for r, p in zip(kept, of) if p not in edited]
     if not near or not far:
         raise ValueError(f'{n} edits leave no fact to ask about beside them; give fewer')
-    some = lambda asks: rng.sample(asks, min(asked, len(asks)))
-    return Edits(rows, paraphrase, some(near), some(far), changed)
+    few = lambda asks: rng.sample(asks, min(asked, len(asks)))
+    return Edits(rows, paraphrase, few(near), few(far), changed)
 
 def edit_scores(model, tok, edits:Edits, asked:int=200 # most questions of each kind
                ) -> dict[str, list[float]]: # kind -> score of each question, 0 or 1
