@@ -23,7 +23,8 @@ def edits_of(seed, split):
 def asked_before(seed, split):
     "The old questions, without the skill that edits are meant to change, and the base's scores"
     model, tok = ftlab.load(MODEL)
-    sets = [s for s in old_sets(None, edits_of(seed, split).data(), model, tok, OLD, split, seed) if s.name != 'fact']
+    data = edits_of(seed, split).data()
+    sets = [s for s in old_sets(None, data, model, tok, OLD, split, seed) if s.name != 'fact']
     return sets, {s.name: s.scores(model, tok) for s in sets}
 
 def measured(model, tok, seed, split):
@@ -40,8 +41,9 @@ def run(arm, rate, seed, split, steps):
     model, tok = ftlab.load(MODEL)
     if arm != 'base':
         recipe, size = ARMS[arm][0](), ARMS[arm][1]
-        ftlab.fit(model, tok, edits_of(seed, split).data(), recipe, steps=steps*EDITS//size, batch_size=size,
-                  lr=rate, schedule='constant', clip=None, seed=seed, progress=False)
+        data = edits_of(seed, split).data()
+        ftlab.fit(model, tok, data, recipe, steps=steps*EDITS//size, batch_size=size, lr=rate,
+                  schedule='constant', clip=None, seed=seed, progress=False)
     return measured(model, tok, seed, split)
 
 def identities() -> dict[str, bool]:

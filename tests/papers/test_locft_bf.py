@@ -47,7 +47,8 @@ def test_the_run_is_that_of_the_official_loop():
     skipped = 0
     for b in seen:
         opt.zero_grad()
-        logits, on = model(b['input_ids'], attention_mask=b['attention_mask']).logits, b['labels'][:, 1:] != -100
+        logits = model(b['input_ids'], attention_mask=b['attention_mask']).logits
+        on = b['labels'][:, 1:] != -100
         each = cross_entropy(logits[:, :-1].transpose(1, 2), b['input_ids'][:, 1:], reduction='none')
         loss = ((each*on).sum(1)/on.sum(1)).mean()
         if loss.item() >= enough:
@@ -56,7 +57,8 @@ def test_the_run_is_that_of_the_official_loop():
         else:
             skipped += 1
     assert 0 < skipped < len(seen) == 6
-    torch.testing.assert_close(run.model.get_parameter(PLACE), model.get_parameter(PLACE), atol=1e-6, rtol=0)
+    ours, theirs = (m.get_parameter(PLACE) for m in (run.model, model))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert {n for n in run.delta.attached.changes()} == {PLACE}
 
 
@@ -69,7 +71,8 @@ def test_micro_batches_are_one_batch():
 
 def test_depth_first_reads_each_batch_in_one_go_and_all_equally_often():
     rows = encode_all(fact_edits(7).rows, TOK, 'text')
-    state = SimpleNamespace(rows=rows, seed=3, pad_id=0, settings=dict(batch_size=2, steps=12, accumulate=1))
+    how = dict(batch_size=2, steps=12, accumulate=1)
+    state = SimpleNamespace(rows=rows, seed=3, pad_id=0, settings=how)
     source, got = DepthFirst(state), []
     for state.step in range(12):
         batch, = source.next(state)
@@ -109,7 +112,7 @@ def test_the_place_on_every_family(family):
 
 def test_late_is_the_official_block_of_llama():
     for blocks, want in ((32, 22), (28, 19), (4, 2), (1, 0)):
-        (name,) = one_place()(tiny('llama', **({} if blocks == 2 else dict(num_hidden_layers=blocks))))
+        (name,) = one_place()(tiny('llama', num_hidden_layers=blocks))
         assert f'.layers.{want}.' in name
 
 
@@ -122,8 +125,11 @@ def test_a_place_that_is_not_there(place, says):
 def test_a_scan_leaves_the_model_as_it_was():
     model, was = toy(), weights(toy())
     asked = []
-    found = scan(model, TOK, fact_edits(4).data(), lambda m: dict(reliability=len(asked), kept=asked.append(m) or 1.),
-                 ('o', 'down', 'none'), steps=2, batch_size=2)
+
+    def measure(m):
+        asked.append(m)
+        return dict(reliability=len(asked), kept=1.)
+    found = scan(model, TOK, fact_edits(4).data(), measure, ('o', 'down', 'none'), steps=2, batch_size=2)
     assert [(r['layer'], r['module']) for r in found] == [(0, 'o'), (0, 'down'), (1, 'o'), (1, 'down')]
     assert same(weights(model), was) and best_place(found) == found[-1]
 
@@ -143,7 +149,8 @@ def test_edits_are_facts_with_other_values_and_questions_beside_them(n):
     for rows, edited in ((e.near, True), (e.far, False)):
         for row in rows:
             about = said[row['prompt']]
-            assert row['response'] == world.facts[about] and about not in e.changed and (about[0] in people) == edited
+            assert row['response'] == world.facts[about] and about not in e.changed
+            assert (about[0] in people) == edited
     assert len(e.data().train) == n and e == fact_edits(n, seed=5) != fact_edits(n, seed=6)
 
 
@@ -152,7 +159,8 @@ def test_scores_are_those_of_the_answers(monkeypatch):
     e = fact_edits(10, asked=7)
     taught = {r['prompt']: r['response'] for r in (*e.rows, *e.far)}
     monkeypatch.setattr(module, 'answer_scores',
-                        lambda m, t, rows: [float(taught.get(r['prompt']) == r['response']) for r in rows])
+                        lambda m, t, rows: [float(taught.get(r['prompt']) == r['response'])
+                                            for r in rows])
     found = edit_scores(None, None, e, asked=5)
     assert {k: (len(v), sum(v)) for k, v in found.items()} == dict(reliability=(5, 5), paraphrase=(5, 0), near=(5, 0),
                                                                    far=(5, 5))

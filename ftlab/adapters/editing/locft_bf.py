@@ -39,7 +39,8 @@ class one_place:
         layer = int(LATE*blocks) if self.layer is None else self.layer
         if not 0 <= layer < blocks:
             raise ValueError(f'layer is {layer}; the model has {blocks} blocks, counted from 0')
-        which = ('attention', 'mlp', 'experts', 'norm') if self.module == 'block' else (self.module,)
+        whole = 'attention', 'mlp', 'experts', 'norm'
+        which = whole if self.module == 'block' else (self.module,)
         if found := parts(*which, blocks=(layer,))(model):
             return found
         here = anatomy(model).blocks[layer]
@@ -159,8 +160,9 @@ def fact_edits(n:int,          # how many
         first, second = rng.sample(ASK, 2)
         rows.append(ask(p, a, first, new))
         paraphrase.append(ask(p, a, second, new))
-    kept = [ask(p, a, rng.choice(ASK), world.facts[p, a]) for p, a in known if (p, a) not in changed]
-    of = [p for p, a in known if (p, a) not in changed]
+    left = [x for x in known if x not in changed]
+    kept = [ask(*x, rng.choice(ASK), world.facts[x]) for x in left]
+    of = [p for p, _ in left]
     near = [r for r, p in zip(kept, of) if p in edited]
     far = [r for r, p in zip(kept, of) if p not in edited]
     if not near or not far:
@@ -171,7 +173,8 @@ def fact_edits(n:int,          # how many
 def edit_scores(model, tok, edits:Edits, asked:int=200 # most questions of each kind
                ) -> dict[str, list[float]]: # kind -> score of each question, 0 or 1
     "Ask the edits in their own words and in others, and the facts that should have stayed"
-    kinds = dict(reliability=edits.rows, paraphrase=edits.paraphrase, near=edits.near, far=edits.far)
+    kinds = dict(reliability=edits.rows, paraphrase=edits.paraphrase, near=edits.near,
+                 far=edits.far)
     return {k: answer_scores(model, tok, rows[:asked]) for k, rows in kinds.items()}
 
 # %% ../../../nbs/adapters/editing/locft_bf.ipynb #locft_bf-12
@@ -188,7 +191,8 @@ def scan(model, tok, data:Data,
         has = {**blocks[layer].attention, **blocks[layer].mlp}
         for module in modules:
             if module in has:
-                run = fit(model, tok, data, locft_bf(layer, module, pipeline), progress=False, **how)
+                recipe = locft_bf(layer, module, pipeline)
+                run = fit(model, tok, data, recipe, progress=False, **how)
                 out.append(dict(layer=layer, module=module, **measure(model)))
                 run.delta.attached.detach()
     return out
