@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import VOCAB, tiny
-from toys import TOK, assert_off_saved_folded, assert_resumes, classifier, lab_data, label_data, logits, toy
+from toys import (TOK, assert_off_saved_folded, assert_resumes, classifier, lab_data, label_data,
+                  logits, toy)
 from ftlab import papers
 from ftlab.adapters.attach import attach, oriented
 from ftlab.adapters.lowrank import to_peft
@@ -65,7 +66,8 @@ def of_peft(peft, model, batch, mode, r, alpha, names):
     config = peft.LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=0., init_lora_weights='corda',
         target_modules=[n.removesuffix('.weight') for n in names],
-        corda_config=CordaConfig(corda_method=dict(keep='kpm', preview='ipm')[mode], prune_temporary_fields=False))
+        corda_config=CordaConfig(corda_method=dict(keep='kpm', preview='ipm')[mode],
+                                 prune_temporary_fields=False))
 
     @torch.no_grad()
     def read():
@@ -103,7 +105,8 @@ def test_the_start_is_that_of_peft(family, mode):
         frozen = oriented(att.model, n, params[f'{before}.base_layer.weight'].detach())
         assert (frozen + d.s*(B @ A) - W).abs().max() < 1e-4
         own = d(W) - d.s*(d.B @ d.A) # what is frozen of it
-        assert (own + d.s*(d.B0 @ d.A0) - W).abs().max() < 1e-4 and (own - frozen).abs().max() <= 1e-3*most
+        assert (own + d.s*(d.B0 @ d.A0) - W).abs().max() < 1e-4
+        assert (own - frozen).abs().max() <= 1e-3*most
 
 
 def projected(W, C, r, mode):
@@ -116,7 +119,8 @@ def projected(W, C, r, mode):
 @pytest.mark.parametrize('mode', MODES)
 def test_it_trains_as_peft_does_and_its_folder_is_read_by_peft(mode, tmp_path):
     peft = pytest.importorskip('peft', reason='peft is in the bench extra')
-    run = fit(toy(), TOK, lab_data(), corda(r=4, **MODES[mode]), steps=3, batch_size=8, lr=1e-2, progress=False)
+    run = fit(toy(), TOK, lab_data(), corda(r=4, **MODES[mode]), steps=3, batch_size=8, lr=1e-2,
+              progress=False)
     tuned = logits(run.model)
     assert (tuned - logits(toy())).abs().max() > 1e-2
     to_peft(run.delta.attached, tmp_path)
@@ -205,7 +209,8 @@ def test_padding_and_the_size_of_batches_do_not_count(family):
     was = {n: p.clone() for n, p in model.named_parameters()}
     whole, single = (covariances(model, b, names) for b in ([batch], one_by_one(batch)))
     for n in names:
-        torch.testing.assert_close(whole[n], single[n], atol=1e-4*float(whole[n].abs().max()), rtol=1e-3)
+        most = float(whole[n].abs().max())
+        torch.testing.assert_close(whole[n], single[n], atol=1e-4*most, rtol=1e-3)
     assert all(torch.equal(was[n], p) for n, p in model.named_parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -267,15 +272,17 @@ def test_prompts_are_what_comes_before_the_answer():
         torch.testing.assert_close(only[n], short[n], atol=1e-5, rtol=1e-3)
     no_prompt = batch | dict(labels=batch['input_ids'])
     whole = covariances(model, [batch], names)
-    assert all(torch.equal(C, whole[n]) for n, C in covariances(model, [no_prompt], names, True).items())
+    read = covariances(model, [no_prompt], names, prompts=True)
+    assert all(torch.equal(C, whole[n]) for n, C in read.items())
 
 
 @pytest.mark.parametrize('mode', MODES)
 def test_every_weight_starts_by_its_own_context(mode):
-    run = fit(toy(), TOK, lab_data(), corda(r=3, alpha=6., **MODES[mode]), steps=1, batch_size=8, progress=False)
+    run = fit(toy(), TOK, lab_data(), corda(r=3, alpha=6., **MODES[mode]), steps=1, batch_size=8,
+              progress=False)
     start = StartByContext(**MODES[mode])
-    state = SimpleNamespace(rows=rows_of(len(lab_data().train)), tok=TOK, seed=0, limit=128, pad_id=TOK.pad_token_id,
-                            device='cpu')
+    state = SimpleNamespace(rows=rows_of(len(lab_data().train)), tok=TOK, seed=0, limit=128,
+                            pad_id=TOK.pad_token_id, device='cpu')
     C = covariances(toy(), start.batches(state), run.delta.attached.deltas, prompts=mode == 'keep')
     for n, d in run.delta.attached.deltas.items():
         A, B = split(run.delta.attached.weight(n)[0], C[n], 3, 2., mode)
@@ -297,15 +304,16 @@ def test_rows_that_cannot_be_read(wrong, says):
 @pytest.mark.parametrize('mode', MODES)
 def test_saved_switched_off_folded_and_resumed(mode, tmp_path):
     tune = lambda model=None, **more: fit(
-        model or toy(), TOK, lab_data(), corda(r=4, **MODES[mode]), steps=4, batch_size=8, lr=1e-2, progress=False,
-        **more)
+        model or toy(), TOK, lab_data(), corda(r=4, **MODES[mode]), steps=4, batch_size=8, lr=1e-2,
+        progress=False, **more)
     assert_off_saved_folded(tune(), logits(toy()), toy(), logits, tmp_path/'delta.safetensors')
     assert_resumes(tune, tmp_path/'run', at=2)
 
 
 def test_what_is_read_differs_by_mode_seed_and_data():
     def read(seed=0, **how):
-        run = fit(toy(), TOK, lab_data(), corda(r=4, rows=16, **how), steps=1, batch_size=8, seed=seed, progress=False)
+        run = fit(toy(), TOK, lab_data(), corda(r=4, rows=16, **how), steps=1, batch_size=8, seed=seed,
+                  progress=False)
         d = run.delta.attached.deltas['model.layers.1.mlp.down_proj.weight']
         return d.B0 @ d.A0
     found = [read(), read(seed=1), read(mode='keep', old='sort'), read(mode='keep', old='reverse')]
@@ -317,11 +325,13 @@ def test_what_is_read_differs_by_mode_seed_and_data():
 def test_it_goes_with_another_loss():
     both = corda(r=4, rows=16)*dft()
     run = fit(toy(), TOK, lab_data(), both, steps=2, batch_size=8, progress=False)
-    assert both.name == 'corda x dft' and all(d.A0.any() for d in run.delta.attached.deltas.values())
+    assert both.name == 'corda x dft'
+    assert all(d.A0.any() for d in run.delta.attached.deltas.values())
 
 
 def test_a_classifier_is_read_whole():
-    run = fit(classifier(), TOK, label_data(), corda(r=4, rows=16), steps=1, batch_size=8, progress=False)
+    run = fit(classifier(), TOK, label_data(), corda(r=4, rows=16), steps=1, batch_size=8,
+              progress=False)
     assert all(d.A0.any() for d in run.delta.attached.deltas.values())
 
 

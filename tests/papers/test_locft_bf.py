@@ -1,0 +1,187 @@
+"locft_bf: what its page cannot say about itself"
+from types import SimpleNamespace
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from tiny import tiny
+from toys import TOK, assert_resumes, classifier, label_data, same, toy, weights
+from ftlab import papers
+from ftlab.adapters.editing.locft_bf import (ASK, DepthFirst, best_place, edit_scores, fact_edits,
+                                             locft_bf, one_place, scan)
+from ftlab.core.batches import collate
+from ftlab.core.recipe import Recipe
+from ftlab.core.tokens import encode_all
+from ftlab.lab.world import LabWorld
+from ftlab.trainers.fit import fit
+
+ENTRY = next(e for e in papers.index() if e['key'] == 'locft_bf')
+PLACE = 'model.layers.1.mlp.down_proj.weight'
+
+
+def test_it_is_the_paper_of_the_catalogue():
+    row = papers.catalogue()['locft_bf']
+    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
+
+
+def edited(recipe, n=6, model=None, **more):
+    how = dict(steps=6, batch_size=2, lr=1e-2, clip=None, progress=False)
+    return fit(model or toy(), TOK, fact_edits(n).data(), recipe, **how | more)
+
+
+# ---------- as the official code computes it
+
+def test_the_run_is_that_of_the_official_loop():
+    """The same batches through the official loss, mask and Adam (execute_ft): the mean over rows of each row's mean
+    over its answer tokens, and a batch below the threshold passed over. To 1e-6 after 6 steps"""
+    plain = sorted(r['loss'] for r in edited(locft_bf(1, enough=0.)).log)
+    enough, seen = (plain[2] + plain[3])/2, []
+
+    class Listen:
+        def before_batch(self, state):
+            seen.append({k: v.clone() for k, v in state.batches[0].items()})
+    run = edited(locft_bf(1, enough=enough), callbacks=(Listen(),))
+    model = toy()
+    for n, p in model.named_parameters():
+        p.requires_grad_(n == PLACE)
+    opt = torch.optim.Adam([model.get_parameter(PLACE)], lr=1e-2)
+    skipped = 0
+    for b in seen:
+        opt.zero_grad()
+        logits = model(b['input_ids'], attention_mask=b['attention_mask']).logits
+        on = b['labels'][:, 1:] != -100
+        each = cross_entropy(logits[:, :-1].transpose(1, 2), b['input_ids'][:, 1:], reduction='none')
+        loss = ((each*on).sum(1)/on.sum(1)).mean()
+        if loss.item() >= enough:
+            loss.backward()
+            opt.step()
+        else:
+            skipped += 1
+    assert 0 < skipped < len(seen) == 6
+    ours, theirs = (m.get_parameter(PLACE) for m in (run.model, model))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert {n for n in run.delta.attached.changes()} == {PLACE}
+
+
+def test_micro_batches_are_one_batch():
+    whole, cut = (edited(locft_bf(1), accumulate=k) for k in (1, 2))
+    a, b = (r.model.get_parameter(PLACE).detach() for r in (whole, cut))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert abs(whole.log[0]['loss'] - cut.log[0]['loss']) < 1e-5
+
+
+def test_depth_first_reads_each_batch_in_one_go_and_all_equally_often():
+    rows = encode_all(fact_edits(7).rows, TOK, 'text')
+    how = dict(batch_size=2, steps=12, accumulate=1)
+    state = SimpleNamespace(rows=rows, seed=3, pad_id=0, settings=how)
+    source, got = DepthFirst(state), []
+    for state.step in range(12):
+        batch, = source.next(state)
+        got.append(tuple(map(tuple, batch['input_ids'].tolist())))
+    assert [got.count(g) for g in dict.fromkeys(got)] == [3]*4
+    assert got == sorted(got, key=list(dict.fromkeys(got)).index), 'a batch came back'
+    last = got[-1]
+    assert last[0] == last[1], 'the last batch has one row, twice'
+
+
+@pytest.mark.parametrize('pipeline', ['breadth', 'depth'])
+def test_a_run_resumes(pipeline, tmp_path):
+    assert_resumes(lambda **more: edited(locft_bf(1, pipeline=pipeline), **more), tmp_path, at=3)
+
+
+def test_one_batch_of_all_makes_the_pipelines_equal():
+    a, b = (edited(locft_bf(1, pipeline=p), n=2).model.get_parameter(PLACE) for p in ('breadth', 'depth'))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_classifier_has_one_label_a_row():
+    run = fit(classifier(), TOK, label_data(), locft_bf(1), steps=2, batch_size=4, progress=False)
+    moved = [n for n in run.delta.attached.changes() if 'classifier' not in n]
+    assert moved == ['bert.encoder.layer.1.output.dense.weight']
+
+
+# ---------- where
+
+@pytest.mark.parametrize('family', 'llama qwen2 gemma gpt2 opt gpt_neox bert'.split())
+def test_the_place_on_every_family(family):
+    model = tiny(family)
+    (name,) = one_place()(model)
+    assert '.1.' in name and one_place(layer=0)(model).keys() != {name}
+    block = one_place('block', 1)(model)
+    assert name in block and all('.1.' in n for n in block) and len(block) > 4
+
+
+def test_late_is_the_official_block_of_llama():
+    for blocks, want in ((32, 22), (28, 19), (4, 2), (1, 0)):
+        (name,) = one_place()(tiny('llama', num_hidden_layers=blocks))
+        assert f'.layers.{want}.' in name
+
+
+@pytest.mark.parametrize('place, says', [((9,), '2 blocks'), ((-1,), '2 blocks'), ((0, 'c_fc'), 'it has q, k, v, o')])
+def test_a_place_that_is_not_there(place, says):
+    with pytest.raises(ValueError, match=says):
+        one_place(*reversed(place) if len(place) == 2 else ('down', *place))(toy())
+
+
+def test_a_scan_leaves_the_model_as_it_was():
+    model, was = toy(), weights(toy())
+    asked = []
+
+    def measure(m):
+        asked.append(m)
+        return dict(reliability=len(asked), kept=1.)
+    found = scan(model, TOK, fact_edits(4).data(), measure, ('o', 'down', 'none'), steps=2, batch_size=2)
+    assert [(r['layer'], r['module']) for r in found] == [(0, 'o'), (0, 'down'), (1, 'o'), (1, 'down')]
+    assert same(weights(model), was) and best_place(found) == found[-1]
+
+
+# ---------- the edits
+
+@pytest.mark.parametrize('n', [1, 40, 300])
+def test_edits_are_facts_with_other_values_and_questions_beside_them(n):
+    e, world = fact_edits(n, seed=5), LabWorld(0)
+    said = {w.format(p=p, a=a): (p, a) for w in ASK for p, a in world.facts}
+    assert len(e.rows) == len(e.changed) == len(e.paraphrase) == n
+    for row, other in zip(e.rows, e.paraphrase):
+        about = said[row['prompt']]
+        assert about == said[other['prompt']] and about in e.changed and row['prompt'] != other['prompt']
+        assert row['response'] == other['response'] != world.facts[about]
+    people = {p for p, _ in e.changed}
+    for rows, edited in ((e.near, True), (e.far, False)):
+        for row in rows:
+            about = said[row['prompt']]
+            assert row['response'] == world.facts[about] and about not in e.changed
+            assert (about[0] in people) == edited
+    assert len(e.data().train) == n and e == fact_edits(n, seed=5) != fact_edits(n, seed=6)
+
+
+def test_scores_are_those_of_the_answers(monkeypatch):
+    import ftlab.adapters.editing.locft_bf as module
+    e = fact_edits(10, asked=7)
+    taught = {r['prompt']: r['response'] for r in (*e.rows, *e.far)}
+    monkeypatch.setattr(module, 'answer_scores',
+                        lambda m, t, rows: [float(taught.get(r['prompt']) == r['response'])
+                                            for r in rows])
+    found = edit_scores(None, None, e, asked=5)
+    assert {k: (len(v), sum(v)) for k, v in found.items()} == dict(reliability=(5, 5), paraphrase=(5, 0), near=(5, 0),
+                                                                   far=(5, 5))
+
+
+@pytest.mark.parametrize('n', [0, 10**4])
+def test_too_many_edits(n):
+    with pytest.raises(ValueError, match='at most half'):
+        fact_edits(n)
+
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(pipeline='df'), "pipeline is 'df'; it must be breadth or depth"), (dict(enough=-1.), 'enough is -1'),
+    (dict(enough=float('nan')), 'enough is nan')])
+def test_wrong_arguments_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        locft_bf(**wrong)
+
+
+def test_full_fine_tuning_has_the_same_loss_on_answers_of_one_length():
+    "The lab's facts are one word and an end mark: the mean over rows is the mean over tokens"
+    ours, plain = edited(locft_bf(1)), edited(Recipe('down', select=one_place(layer=1)), schedule='constant')
+    assert [round(r['loss'], 5) for r in ours.log] == [round(r['loss'], 5) for r in plain.log]
+    assert collate(encode_all(fact_edits(3).rows, TOK, 'text'), 0)['labels'].ne(-100).sum(1).tolist() == [2]*3
