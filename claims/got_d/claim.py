@@ -1,5 +1,5 @@
-"""A half-taught lab-s reads one pass over 480 of 4,000 texts like those of its pretraining, chosen in three ways, and is
-tuned on 64 rows of two skills, one that the pretraining has plenty of and one that it hardly has"""
+"""A half-taught lab-s reads one pass over 480 of 4,000 texts like those of its pretraining, chosen in three ways, and
+is tuned on 64 rows of two skills, one that the pretraining has plenty of and one that it hardly has"""
 import math
 import random
 import ftlab

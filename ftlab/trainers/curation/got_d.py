@@ -102,12 +102,13 @@ class read_chosen:
     def __call__(self, context) -> Recipe:
         def points(rows):
             return embed(context.model, encode_all(rows, context.tok, 'text'), context.tok.pad_token_id or 0)
-        pool = [dict(prompt=p, response=r) for p, r in self.pairs]
-        chosen = choose(points(context.data.train), points(pool), self.budget, self.by, self.reg, context.seed)
-        return Recipe('read', source=viewed(read_all(), source=these_rows(tuple(self.pairs[i] for i in chosen))))
+        pairs = self.pairs or tuple(map(_pair, context.data.train))
+        pool = [dict(prompt=p, response=r) for p, r in pairs]
+        chosen = choose(points(context.data.train), points(pool), min(self.budget, len(pool)), self.by, self.reg, context.seed)
+        return Recipe('read', source=viewed(read_all(), source=these_rows(tuple(pairs[i] for i in chosen))))
 
     def __repr__(self):
-        return f'read_chosen({self.budget} of {len(self.pairs)}, by={self.by!r}, reg={self.reg:g})'
+        return f'read_chosen({self.budget} of {len(self.pairs) or "the rows"}, by={self.by!r}, reg={self.reg:g})'
 
 @method('Get more for less: Principled Data Selection for Warming Up Fine-Tuning in LLMs', '2405.02774',
     'Texts that move the distribution of the pretraining nearest to the target prepare a model for tuning better than '
@@ -115,7 +116,7 @@ class read_chosen:
     'abstract of version 1 and the code in REDSgnaoh/DV4LLM, 2543fa7, pre_process+OT_selection/ot-selection.ipynb and '
     'pre-process+domain_tests.ipynb; the embedding by the model itself and the relative entropy are our reading',
     toy=dict(candidates=('sort b a', 'reverse a b c', 'max a c', 'last b a', 'sort c b a', 'count a b'), budget=3))
-def got_d(candidates:tuple|list, # unlabelled texts, or rows of prompt and response, like what the model was pretrained on
+def got_d(candidates:tuple|list|None=None, # texts or rows, like those of the pretraining; None: the training rows
           budget:int=100,       # how many of them are read
           by:str='got_d',       # how they are chosen: by the gradient, 'nearest' to the target, or 'random'
           reg:float=.1,         # entropy of the transport, as a share of the mean cost
@@ -125,12 +126,13 @@ def got_d(candidates:tuple|list, # unlabelled texts, or rows of prompt and respo
 
     Raises `ValueError` for an unknown `by`, a `budget` that is not between 1 and the number of candidates, and a
     `reg` or `share` that isn't above 0."""
-    if isinstance(candidates, str) or len(candidates) < 2:
+    pool = candidates if candidates is not None else ()
+    if isinstance(pool, str) or len(pool) < 2 and candidates is not None:
         raise ValueError('candidates must be a list of at least two texts or rows')
-    if by not in BY or not 1 <= budget <= len(candidates):
-        raise ValueError(f'by is {by!r} and budget {budget}; they must be {", ".join(BY)}, and 1 to {len(candidates)}')
+    if by not in BY or not 1 <= budget <= (len(pool) or budget):
+        raise ValueError(f'by is {by!r} and budget {budget}; they must be {", ".join(BY)}, and 1 to {len(pool) or "all"}')
     if not 0 < reg < math.inf or not 0 < share < math.inf:
         raise ValueError(f'reg is {reg} and share {share}; they must be above 0')
-    known = dict(candidates=f'{len(candidates)} texts', budget=budget, by=by, reg=reg, share=share)
-    first = read_chosen(tuple(map(_pair, candidates)), budget, by, reg)
+    known = dict(candidates=f'{len(pool)} texts' if pool else None, budget=budget, by=by, reg=reg, share=share)
+    first = read_chosen(tuple(map(_pair, pool)), budget, by, reg)
     return Recipe(Method('got_d', arguments=known), loop=Stages(Share(first, share), Recipe('tune')))
