@@ -37,11 +37,11 @@ def test_the_potentials_are_those_of_pot(reg):
     n, m = C.shape
     eps = reg*float(C.mean())
     plan, log = ot.bregman.sinkhorn_log(torch.full((n,), 1/n).double().numpy(), torch.full((m,), 1/m).double().numpy(),
-                                        C.numpy(), eps, numItermax=3000, stopThr=1e-11, log=True)
+                                        C.numpy(), eps, numItermax=3000, stopThr=1e-8, log=True)
     f, g = dual(C, eps, tol=1e-9, most=3000)
     theirs = torch.tensor(eps*log['log_v'])
-    torch.testing.assert_close(calibrated(g), calibrated(theirs), atol=1e-6, rtol=0)
-    torch.testing.assert_close(((f[:, None] + g - C)/eps).exp()/(n*m), torch.tensor(plan), atol=1e-8, rtol=0)
+    torch.testing.assert_close(calibrated(g), calibrated(theirs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(((f[:, None] + g - C)/eps).exp()/(n*m), torch.tensor(plan), atol=1e-7, rtol=0)
 
 
 def test_a_potential_tells_how_the_distance_changes_with_more_of_a_candidate():

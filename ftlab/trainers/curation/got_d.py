@@ -66,7 +66,7 @@ def choose(target:Tensor,   # points [n, width]
           ) -> list[int]:   # positions in the pool, the best first
     """Choose candidates to read before tuning
 
-    Raises `ValueError` for an unknown `by`, a `budget` that is not between 1 and the size of the pool, and as `dual`."""
+    Raises `ValueError` for an unknown `by`, a `budget` not between 1 and the size of the pool, and as `dual`."""
     if by not in BY or not 1 <= budget <= len(pool):
         raise ValueError(f'by is {by!r} and budget {budget}; they must be {", ".join(BY)}, and 1 to {len(pool)}')
     if by == 'random':
@@ -104,8 +104,10 @@ class read_chosen:
             return embed(context.model, encode_all(rows, context.tok, 'text'), context.tok.pad_token_id or 0)
         pairs = self.pairs or tuple(map(_pair, context.data.train))
         pool = [dict(prompt=p, response=r) for p, r in pairs]
-        chosen = choose(points(context.data.train), points(pool), min(self.budget, len(pool)), self.by, self.reg, context.seed)
-        return Recipe('read', source=viewed(read_all(), source=these_rows(tuple(pairs[i] for i in chosen))))
+        most = min(self.budget, len(pool))
+        chosen = choose(points(context.data.train), points(pool), most, self.by, self.reg, context.seed)
+        source = these_rows(tuple(pairs[i] for i in chosen))
+        return Recipe('read', source=viewed(read_all(), source=source))
 
     def __repr__(self):
         return f'read_chosen({self.budget} of {len(self.pairs) or "the rows"}, by={self.by!r}, reg={self.reg:g})'
@@ -130,7 +132,8 @@ def got_d(candidates:tuple|list|None=None, # texts or rows, like those of the pr
     if isinstance(pool, str) or len(pool) < 2 and candidates is not None:
         raise ValueError('candidates must be a list of at least two texts or rows')
     if by not in BY or not 1 <= budget <= (len(pool) or budget):
-        raise ValueError(f'by is {by!r} and budget {budget}; they must be {", ".join(BY)}, and 1 to {len(pool) or "all"}')
+        raise ValueError(f'by is {by!r} and budget {budget}; they must be {", ".join(BY)}, and 1 to '
+                         f'{len(pool) or "all"}')
     if not 0 < reg < math.inf or not 0 < share < math.inf:
         raise ValueError(f'reg is {reg} and share {share}; they must be above 0')
     known = dict(candidates=f'{len(pool)} texts' if pool else None, budget=budget, by=by, reg=reg, share=share)
