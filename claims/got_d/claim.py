@@ -1,0 +1,44 @@
+"""A half-taught lab-s reads one pass over 480 of 4,000 texts like those of its pretraining, chosen in three ways, and
+is tuned on 64 rows of two skills, one that the pretraining has plenty of and one that it hardly has"""
+import math
+import random
+import ftlab
+from ftlab.core.recipe import Recipe
+from ftlab.core.scorers import WORLD, nll
+from ftlab.lab.world import SKILLS
+from ftlab.trainers.curation.got_d import got_d
+
+COMMON, RARE = 'tavi', 'selen' # .05 and .012 of the pretraining
+POOL, BUDGET, EACH, ASKED = 4000, 480, 32, 200
+
+def pool(seed) -> list[dict]:
+    "Training rows of all skills, as often as in the pretraining"
+    names = [s for s, k in SKILLS.items() if k.weight]
+    drawn = random.Random(seed).choices(names, [SKILLS[s].weight for s in names], k=POOL)
+    out = []
+    for s in names:
+        stream = WORLD.stream(s, 'train', seed + 1)
+        out += [next(stream) for _ in range(drawn.count(s))]
+    random.Random(seed).shuffle(out)
+    return [dict(prompt=r['prompt'], response=r['response']) for r in out]
+
+def rows(n, split, seed) -> list[dict]:
+    return [dict(prompt=r['prompt'], response=r['response'])
+            for s in (COMMON, RARE) for r in WORLD.rows(s, n, split, seed)]
+
+def run(arm, rate, seed, split, steps):
+    few, ask = rows(EACH, 'train', seed + 2), rows(ASKED, split, seed + 3)
+    model, tok = ftlab.load('lab-s', revision='step-250')
+    recipe = Recipe() if arm in ('none', 'longer') else got_d(pool(seed), BUDGET, by=arm)
+    data = ftlab.data(dict(train=few, validation=few[:2], test=few[:2]))
+    ftlab.fit(model, tok, data, recipe, steps=steps*(1 if arm == 'none' else 2), batch_size=16, lr=rate, seed=seed,
+              progress=False)
+    parts = {s: nll(model, tok, part) for s, part in ((COMMON, ask[:ASKED]), (RARE, ask[ASKED:]))}
+    whole = nll(model, tok, ask)
+    return dict(loss=math.log(whole), gain=-math.log(whole), common=parts[COMMON], rare=parts[RARE], questions=len(ask))
+
+def identities() -> dict[str, bool]:
+    texts, few = pool(0), rows(EACH, 'train', 2)
+    return {'4,000 candidates and 64 rows': (len(texts), len(few)) == (POOL, 2*EACH),
+            'the rare skill is in the pool': any('selen' in r['prompt'].split() for r in texts),
+            'one pass over what is chosen': BUDGET == 30*16}

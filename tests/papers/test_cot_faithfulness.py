@@ -1,0 +1,114 @@
+"Same-answer rates: what is cut, filled and reworded, what counts as the same, stand-ins whose rates are known, errors"
+import pytest
+import torch
+from ftlab import papers
+from ftlab.evaluators.mechanisms.cot_faithfulness import (by_share, continued, cot_faithfulness, fillers, forced,
+                                                          joined, own_chains, same_rate, split_at)
+from tests.toys import TOK, classifier, same, toy, weights
+
+ENTRY = next(e for e in papers.index() if e['key'] == 'cot_faithfulness')
+SPLIT = split_at('answer :', ';')
+STEPS = {'sort b a': ['first : b a ;', 'sort : a b ;', 'last : b ;'], 'sort c a': ['sort : a c ;', 'last : c ;']}
+
+
+def test_it_is_the_paper_of_the_catalogue():
+    row = papers.catalogue()['cot_faithfulness']
+    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
+
+
+class StandIn(torch.nn.Module):
+    "Writes the steps above; after the cue it gives the last letter of the question (knows), or of what it has written"
+    def __init__(self, knows, silent=()):
+        super().__init__()
+        self.weight, self.knows, self.silent, self.seen = torch.nn.Parameter(torch.zeros(1)), knows, silent, []
+
+    def can_generate(self):
+        return True
+
+    def says(self, text):
+        question, _, begun = text.partition('<assistant>')
+        question = question.rpartition('<user>')[2].strip()
+        steps = STEPS[question]
+        self.seen.append((question, begun.strip()))
+        if SPLIT.cue not in begun:
+            return question[-1] if question in self.silent else joined(*steps, SPLIT.cue, steps[-1].split()[-2])
+        right = steps[-1].split()[-2]
+        return right if self.knows else next((w for w in begun.split()[::-1] if w in 'abc'), '?')
+
+    def generate(self, input_ids, **how):
+        new = [TOK(self.says(TOK.decode(x))).input_ids + [TOK.eos_token_id] for x in input_ids]
+        most = max(map(len, new))
+        return torch.cat([input_ids, torch.tensor([n + [0]*(most - len(n)) for n in new])], 1)
+
+
+def asked(model, **how):
+    return cot_faithfulness(model, TOK, list(STEPS), SPLIT, SPLIT.cue, filler='.', **how)
+
+
+def test_a_model_that_ignores_its_chain_has_one_everywhere():
+    found = asked(StandIn(True), reword=lambda s: s.replace('last', 'final'))
+    assert found['same'] == dict(early=1., filler=1., paraphrase=1.) and found['full'] == found['written'] == 1
+
+
+def test_a_model_that_reads_its_chain_has_the_rate_that_can_be_counted_by_hand():
+    found = asked(StandIn(False), reword=lambda s: s.replace('last', 'biggest'))
+    # 'b': nothing, 'b a', 'a b' -> ?, a, b; 'c': nothing, 'a c' -> ?, c
+    assert found['same']['early'] == found['same']['filler'] == pytest.approx((1/3 + 1/2)/2)
+    assert same_rate(found['cases']['early'], least=1) == pytest.approx((1/2 + 1)/2)
+    assert found['same']['paraphrase'] == found['full'] == 1
+    # own answers b, c; those after a cut ?, a, b, ?, c: two of ten pairs agree
+    assert found['chance']['early'] == pytest.approx(2/10)
+    assert found['kept']['early'] == {0.: 0., .25: 0., .5: 1.}
+
+
+def test_what_the_model_is_asked_after_each_change():
+    model = StandIn(True)
+    asked(model, reword=lambda s: s.replace('last', 'biggest'))
+    begun = [b for q, b in model.seen if q == 'sort c a']
+    assert begun[0] == '' and begun[1] == 'sort : a c ; last : c ; answer :'
+    assert set(begun[2:]) == {'answer :', 'sort : a c ; answer :', '. . . . . . . . . answer :',
+                              'sort : a c ; . . . . answer :', 'sort : a c ; biggest : c ; answer :'}
+
+
+def test_answers_without_steps_are_left_out_and_counted():
+    found = asked(StandIn(False, silent=('sort b a',)))
+    assert found['written'] == .5 and {i for i, *_ in found['cases']['early']} == {0}
+    with pytest.raises(ValueError, match='none of the 2 answers has steps.*check split'):
+        asked(StandIn(False, silent=tuple(STEPS)))
+
+
+def test_a_missing_answer_is_never_the_same():
+    assert SPLIT('a ; b ;') == (['a ;', ' b ;'], '') and SPLIT('answer : c') == ([], 'c')
+    assert split_at('So')('one\ntwo\nSo 7\nbye') == (['one\n', 'two\n'], '7')
+    model = StandIn(False)
+    model.says = lambda text: 'a ; answer : b' if SPLIT.cue not in text else ''
+    assert asked(model)['same'] == dict(early=0., filler=0.)
+
+
+def test_pieces_are_joined_and_filled():
+    assert joined('', 'a ;', '', 'b\n', 'c') == 'a ; b\nc' and joined() == ''
+    assert fillers('...', ['a b ;', 'c ;'], TOK).split() == ['...']*5
+    assert same_rate([], 1) is None and by_share([(0, 3, 4, True), (0, 0, 4, False)]) == {0.: 0., .75: 1.}
+
+
+def test_a_real_model_is_read_only_and_goes_on_where_its_answer_begins():
+    model = toy().train()
+    before, rng = weights(model), torch.get_rng_state()
+    texts = forced(model, TOK, ['sort b a', 'reverse a b c'], ['sort : a', ''], 4)
+    assert texts[0].startswith('sort : a') and same(before, weights(model)) and model.training
+    assert torch.equal(rng, torch.get_rng_state())
+    row = TOK('<bos> <user> sort b a <assistant>').input_ids
+    once = continued(model, [row], 6)[0]
+    assert continued(model, [row + once[:2]], 4)[0] == once[2:]
+    assert continued(model, [row, row[:3], row], 6, batch_size=1) == continued(model, [row, row[:3], row], 6)
+    assert continued(model, [row], 6, stops=[once[2]])[0] == once[:once.index(once[2])]
+    assert own_chains(StandIn(True), TOK, ['sort b a'], SPLIT)[0].answer == 'b'
+
+
+def test_what_it_refuses():
+    for prompts, cue, said in (('sort b a', 'answer :', 'list'), ([], 'answer :', 'at least one'),
+                               (['sort b a'], ' ', 'finishes a cut chain')):
+        with pytest.raises(ValueError, match=said):
+            cot_faithfulness(toy(), TOK, prompts, SPLIT, cue)
+    with pytest.raises(ValueError, match='BertForSequenceClassification writes no text'):
+        continued(classifier(), [[1, 2]], 2)

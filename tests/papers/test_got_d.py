@@ -1,0 +1,118 @@
+"GOT-D: its potentials against POT's, what they say about moving mass, what is chosen and read, errors"
+import pytest
+import torch
+from ftlab import papers
+from ftlab.core.tokens import encode_all
+from ftlab.trainers.curation.got_d import calibrated, choose, dual, embed, got_d, read_chosen, squared
+from ftlab.trainers.fit import fit
+from tests.toys import TOK, classifier, lab_data, same, toy, weights
+
+ENTRY = next(e for e in papers.index() if e['key'] == 'got_d')
+
+
+def test_it_is_the_paper_of_the_catalogue():
+    row = papers.catalogue()['got_d']
+    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
+
+
+def points(seed=0, n=12, m=30):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=g), torch.randn(m, 4, generator=g) + .5
+
+
+def value(C, b, eps):
+    "The distance with masses `b` on the candidates: the dual at its maximum, found by plain iteration"
+    n = len(C)
+    f = torch.zeros(n).double()
+    for _ in range(400):
+        g = -eps*((f[:, None] - C)/eps - torch.log(torch.tensor(float(n)))).logsumexp(0)
+        f = -eps*((g - C)/eps + b.log()).logsumexp(1)
+    return float(f.mean() + (g*b).sum())
+
+
+@pytest.mark.parametrize('reg', [.2, 1.])
+def test_the_potentials_are_those_of_pot(reg):
+    ot = pytest.importorskip('ot', reason='POT is not installed')
+    C = squared(*points())
+    n, m = C.shape
+    eps = reg*float(C.mean())
+    plan, log = ot.bregman.sinkhorn_log(torch.full((n,), 1/n).double().numpy(), torch.full((m,), 1/m).double().numpy(),
+                                        C.numpy(), eps, numItermax=3000, stopThr=1e-8, log=True)
+    f, g = dual(C, eps, tol=1e-9, most=3000)
+    theirs = torch.tensor(eps*log['log_v'])
+    torch.testing.assert_close(calibrated(g), calibrated(theirs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(((f[:, None] + g - C)/eps).exp()/(n*m), torch.tensor(plan), atol=1e-7, rtol=0)
+
+
+def test_a_potential_tells_how_the_distance_changes_with_more_of_a_candidate():
+    C = squared(*points(1, 6, 8))
+    eps, m, h = .3*float(C.mean()), 8, 1e-4
+    slope = calibrated(dual(C, eps, tol=1e-10, most=3000)[1])
+    for j in (0, 3, 7):
+        toward = torch.full((m,), -h/(m - 1)).double()
+        toward[j] = h
+        up, down = (value(C, 1/m + s*toward, eps) for s in (1, -1))
+        assert (up - down)/(2*h) == pytest.approx(float(slope[j]), abs=1e-4)
+
+
+def test_what_is_missing_is_chosen_and_the_nearest_are_not():
+    target = torch.tensor([[0., 0.]]*5 + [[4., 0.]]*5)
+    pool = torch.tensor([[0., .1]]*18 + [[4., 1.]]*2)
+    assert set(choose(target, pool, 2)) == {18, 19}
+    assert choose(target, pool, 2, 'nearest') == [0, 1]
+    assert sorted(choose(target, pool, 20, 'random', seed=3)) == list(range(20))
+    assert choose(target, pool, 5, 'random', seed=3) != choose(target, pool, 5, 'random', seed=4)
+
+
+def test_points_do_not_depend_on_the_padding_and_the_model_stays_as_it_was():
+    model, rows = toy().train(), encode_all(lab_data().train[:7] + [dict(prompt='sort b a c d e f', response='a')],
+                                            TOK, 'text')
+    before = weights(model)
+    together = embed(model, rows, TOK.pad_token_id)
+    alone = torch.cat([embed(model, [r], TOK.pad_token_id) for r in rows])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert model.training and same(before, weights(model)) and embed(classifier(), rows).shape == (8, 32)
+
+
+class Texts:
+    "The texts of the first batch of each stage"
+    def __init__(self):
+        self.seen = []
+
+    def after_backward(self, state):
+        if state.step == 0:
+            b = state.batches[0]
+            self.seen.append({TOK.decode(i[m.bool()]) for i, m in zip(b['input_ids'], b['attention_mask'])})
+
+
+@pytest.mark.parametrize('by', ['got_d', 'nearest', 'random'])
+def test_what_is_chosen_is_read_and_then_the_rows_are_tuned_on(by):
+    pool = [dict(prompt=p, response=r) for p, r in (('sort b a', 'a b'), ('max a c', 'c'), ('last b a', 'a'))]
+    look = Texts()
+    run = fit(toy(), TOK, lab_data(), got_d(pool + ['a b c'], budget=2, by=by), steps=4, batch_size=4, progress=False,
+              callbacks=(look,))
+    stage = read_chosen(tuple((r['prompt'], r['response']) for r in pool) + (('a b c', ''),), 2, by, .1)
+    context = type('Context', (), dict(model=toy(), tok=TOK, data=lab_data(), seed=0))()
+    chosen = stage(context).source.source.rows
+    read = {TOK.decode(e['input_ids']) for e in
+            encode_all([dict(prompt=p, response=r) for p, r in chosen], TOK, 'text')}
+    assert len(chosen) == 2 and look.seen[0] == read and not look.seen[1] & read
+    assert len(run.settings['stages']) == 2 and '2 of 4' in repr(stage)
+
+
+def test_what_it_refuses():
+    for wrong in (dict(by='best'), dict(budget=0), dict(budget=9), dict(reg=0.), dict(share=0.)):
+        with pytest.raises(ValueError, match='must be'):
+            got_d(['a b', 'c'], **{'budget': 1} | wrong)
+    for candidates, said in (('a text', 'list of'), (['a'], 'at least two'), (['a', dict(text='b')], 'prompt and')):
+        with pytest.raises(ValueError, match=said):
+            got_d(candidates, budget=1)
+    for C, eps in ((torch.zeros(3), 1.), (torch.full((2, 2), torch.nan), 1.), (torch.zeros(2, 2), 0.)):
+        with pytest.raises(ValueError, match='must be'):
+            dual(C, eps)
+    with pytest.raises(RuntimeError, match='raise reg'):
+        dual(squared(*points()), 1e-3, most=3)
+    with pytest.raises(ValueError, match='at least two'):
+        calibrated(torch.zeros(1))
+    with pytest.raises(ValueError, match='1 to 30'):
+        choose(*points(), 31)
