@@ -264,7 +264,8 @@ def uses(nb: dict, page: str) -> list[tuple[str, str]]:
                                                             source(c), re.M)]
     out = []
     for said in (s for line in lines for s in line.split(';')):
-        need, remark = re.fullmatch(r'\s*([^(]+?)\s*(?:\((.+)\))?\s*', said).groups()
+        found = re.fullmatch(r'\s*([^(]+?)\s*(?:\((.+)\))?\s*', said)
+        need, remark = found.groups() if found else (said, '')
         if need not in NEEDS:
             raise ValueError(f'nbs/{page} is for {need!r}; write one of: {"; ".join(NEEDS)} (or add '
                              'to NEEDS in tools/index.py)')
