@@ -312,8 +312,8 @@ def test_saved_switched_off_folded_and_resumed(mode, tmp_path):
 
 def test_what_is_read_differs_by_mode_seed_and_data():
     def read(seed=0, **how):
-        run = fit(toy(), TOK, lab_data(), corda(r=4, rows=16, **how), steps=1, batch_size=8, seed=seed,
-                  progress=False)
+        run = fit(toy(), TOK, lab_data(), corda(r=4, rows=16, **how), steps=1, batch_size=8,
+                  seed=seed, progress=False)
         d = run.delta.attached.deltas['model.layers.1.mlp.down_proj.weight']
         return d.B0 @ d.A0
     found = [read(), read(seed=1), read(mode='keep', old='sort'), read(mode='keep', old='reverse')]

@@ -129,7 +129,8 @@ def test_a_scan_leaves_the_model_as_it_was():
     def measure(m):
         asked.append(m)
         return dict(reliability=len(asked), kept=1.)
-    found = scan(model, TOK, fact_edits(4).data(), measure, ('o', 'down', 'none'), steps=2, batch_size=2)
+    found = scan(model, TOK, fact_edits(4).data(), measure, ('o', 'down', 'none'), steps=2,
+                 batch_size=2)
     assert [(r['layer'], r['module']) for r in found] == [(0, 'o'), (0, 'down'), (1, 'o'), (1, 'down')]
     assert same(weights(model), was) and best_place(found) == found[-1]
 
@@ -162,8 +163,8 @@ def test_scores_are_those_of_the_answers(monkeypatch):
                         lambda m, t, rows: [float(taught.get(r['prompt']) == r['response'])
                                             for r in rows])
     found = edit_scores(None, None, e, asked=5)
-    assert {k: (len(v), sum(v)) for k, v in found.items()} == dict(reliability=(5, 5), paraphrase=(5, 0), near=(5, 0),
-                                                                   far=(5, 5))
+    got = {k: (len(v), sum(v)) for k, v in found.items()}
+    assert got == dict(reliability=(5, 5), paraphrase=(5, 0), near=(5, 0), far=(5, 5))
 
 
 @pytest.mark.parametrize('n', [0, 10**4])
@@ -184,4 +185,5 @@ def test_full_fine_tuning_has_the_same_loss_on_answers_of_one_length():
     "The lab's facts are one word and an end mark: the mean over rows is the mean over tokens"
     ours, plain = edited(locft_bf(1)), edited(Recipe('down', select=one_place(layer=1)), schedule='constant')
     assert [round(r['loss'], 5) for r in ours.log] == [round(r['loss'], 5) for r in plain.log]
-    assert collate(encode_all(fact_edits(3).rows, TOK, 'text'), 0)['labels'].ne(-100).sum(1).tolist() == [2]*3
+    labels = collate(encode_all(fact_edits(3).rows, TOK, 'text'), 0)['labels']
+    assert labels.ne(-100).sum(1).tolist() == [2]*3
