@@ -119,7 +119,8 @@ def test_without_candidates_the_rows_are_read_and_plain_texts_may_be_the_target(
     assert len(few) == 3 and set(few) <= {(r['prompt'], r['response']) for r in data.train}
     assert len(read_chosen((), 10**6, 'got_d', .1)(context(data)).source.source.rows) == len(data.train)
     plain = Data([dict(text='sort b a c'), dict(text='max a')], [], [], 'lm')
-    assert set(read_chosen((), 2, 'got_d', .1)(context(plain)).source.source.rows) == {('sort b a c', None), ('max a', None)}
+    both = read_chosen((), 2, 'got_d', .1)(context(plain)).source.source.rows
+    assert set(both) == {('sort b a c', None), ('max a', None)}
 
 
 def test_twins_have_one_potential_and_are_chosen_together():
@@ -134,8 +135,8 @@ def test_what_it_refuses():
     for wrong in (dict(by='best'), dict(budget=0), dict(budget=9), dict(budget=1.5), dict(reg=0.), dict(share=0.)):
         with pytest.raises(ValueError, match='must be'):
             got_d(['a b', 'c'], **{'budget': 1} | wrong)
-    for candidates, said in (('a text', 'list of'), (['a'], 'at least two'), (['a', dict(text='b')], 'prompt and'), (['a', ('b', 'c')], 'prompt and'),
-                             ((x for x in 'ab'), 'list of')):
+    for candidates, said in (('a text', 'list of'), (['a'], 'at least two'), (['a', dict(text='b')], 'prompt and'),
+                             (['a', ('b', 'c')], 'prompt and'), ((x for x in 'ab'), 'list of')):
         with pytest.raises(ValueError, match=said):
             got_d(candidates, budget=1)
     for C, eps in ((torch.zeros(3), 1.), (torch.full((2, 2), torch.nan), 1.), (torch.zeros(2, 2), 0.)):
