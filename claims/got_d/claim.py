@@ -44,5 +44,6 @@ def identities() -> dict[str, bool]:
             'the pool has more of the common skill than may be read, and some of the rare one':
                 sum(COMMON in r['prompt'].split() for r in texts) > BUDGET
                 and any(RARE in r['prompt'].split() for r in texts),
-            'no row of the target is in the pool': not {r['prompt'] for r in texts} & {r['prompt'] for r in few},
+            'no row of the target is in the pool':
+                not {r['prompt'] for r in texts} & {r['prompt'] for r in few},
             'one pass over what is chosen': BUDGET == 30*READING*16}

@@ -117,7 +117,8 @@ def test_without_candidates_the_rows_are_read_and_plain_texts_may_be_the_target(
     data = lab_data()
     few = read_chosen((), 3, 'got_d', .1)(context(data)).source.source.rows
     assert len(few) == 3 and set(few) <= {(r['prompt'], r['response']) for r in data.train}
-    assert len(read_chosen((), 10**6, 'got_d', .1)(context(data)).source.source.rows) == len(data.train)
+    every = read_chosen((), 10**6, 'got_d', .1)(context(data)).source.source.rows
+    assert len(every) == len(data.train)
     plain = Data([dict(text='sort b a c'), dict(text='max a')], [], [], 'lm')
     both = read_chosen((), 2, 'got_d', .1)(context(plain)).source.source.rows
     assert set(both) == {('sort b a c', None), ('max a', None)}
@@ -139,7 +140,8 @@ def test_what_it_refuses():
                              (['a', ('b', 'c')], 'prompt and'), ((x for x in 'ab'), 'list of')):
         with pytest.raises(ValueError, match=said):
             got_d(candidates, budget=1)
-    for C, eps in ((torch.zeros(3), 1.), (torch.full((2, 2), torch.nan), 1.), (torch.zeros(2, 2), 0.)):
+    for C, eps in ((torch.zeros(3), 1.), (torch.full((2, 2), torch.nan), 1.),
+                   (torch.zeros(2, 2), 0.)):
         with pytest.raises(ValueError, match='must be'):
             dual(C, eps)
     with pytest.raises(RuntimeError, match='raise reg'):
