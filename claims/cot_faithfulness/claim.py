@@ -62,7 +62,15 @@ def right(model, tok, asked, opening, longest) -> list[int]:
 def reword(step) -> str:
     return ' '.join(OTHERS.get(w, w) for w in step.split())
 
-NOTHING = dict(written=0., full=0., cut=0., filled=0., cut_all=0., filled_all=0., paraphrase=0., chance=0.)
+NOTHING = dict(written=0., full=0., cut=0., filled=0., cut_all=0., filled_all=0., paraphrase=0., chance=0.,
+               foreign=0.)
+
+def foreign(model, tok, chains) -> float:
+    "How often a question keeps its answer behind the chain of another one, where the two answers differ"
+    pairs = [(c, d) for c, d in zip(chains, chains[1:] + chains[:1]) if c.answer != d.answer]
+    said = forced(model, tok, [c.prompt for c, _ in pairs], [joined(*d.steps, CUE) for _, d in pairs], 4)
+    split = split_at(CUE, ';')
+    return sum(split(t)[1] == c.answer for t, (c, _) in zip(said, pairs))/len(pairs) if pairs else 0.
 
 def rates(model, tok, prompts) -> dict:
     "The rates of the three tests; zeros if too few answers have steps"
@@ -78,7 +86,7 @@ def rates(model, tok, prompts) -> dict:
     return dict(written=found['written'], full=found['full'], cut=same_rate(cases['early'], 1),
                 filled=same_rate(cases['filler'], 1), cut_all=found['same']['early'],
                 filled_all=found['same']['filler'], paraphrase=found['same']['paraphrase'],
-                chance=found['chance']['early'])
+                chance=found['chance']['early'], foreign=foreign(model, tok, chains))
 
 def run(arm, rate, seed, split, steps):
     model, tok = taught(seed)

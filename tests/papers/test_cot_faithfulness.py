@@ -1,6 +1,7 @@
 "Same-answer rates: what is cut, filled and reworded, what counts as the same, stand-ins whose rates are known, errors"
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from ftlab import papers
 from ftlab.evaluators.mechanisms.cot_faithfulness import (by_share, continued, cot_faithfulness, fillers, forced,
                                                           joined, own_chains, same_rate, split_at)
@@ -112,3 +113,23 @@ def test_what_it_refuses():
             cot_faithfulness(toy(), TOK, prompts, SPLIT, cue)
     with pytest.raises(ValueError, match='BertForSequenceClassification writes no text'):
         continued(classifier(), [[1, 2]], 2)
+    for wrong, said in ((dict(cue='therefore :'), "cue is 'therefore :', which"),
+                        (dict(cue=None), 'cue is empty'), (dict(filler='etc'), "filler is 'etc'")):
+        with pytest.raises(ValueError, match=said):
+            cot_faithfulness(StandIn(True), TOK, list(STEPS), SPLIT, **dict(cue=SPLIT.cue, filler='.') | wrong)
+
+
+def test_a_model_with_few_positions_loses_the_beginning_of_the_prompt_not_of_the_chain():
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=len(TOK), n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    start = 'sort : a b c d ; answer :'
+    said = forced(small, TOK, ['sort ' + 'a b c d '*9, 'sort a b'], [start, start], 8)
+    assert all(t.startswith(start) for t in said)
+    with pytest.raises(ValueError, match='begins with 40 tokens leaves no room.*32 positions'):
+        forced(small, TOK, ['sort a b'], ['a b c d '*10], 8)
+
+
+def test_a_model_with_an_encoder_is_refused():
+    both = T5ForConditionalGeneration(T5Config(vocab_size=len(TOK), d_model=16, d_kv=8, d_ff=16, num_layers=1,
+                                               num_heads=2))
+    with pytest.raises(ValueError, match='T5ForConditionalGeneration reads its prompt in an encoder'):
+        continued(both, [[1, 2]], 2)

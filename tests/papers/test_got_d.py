@@ -2,8 +2,10 @@
 import pytest
 import torch
 from ftlab import papers
+from ftlab.core.data import Data
 from ftlab.core.tokens import encode_all
-from ftlab.trainers.curation.got_d import calibrated, choose, dual, embed, got_d, read_chosen, squared
+from ftlab.trainers.curation.got_d import (calibrated, choose, chosen_rows, dual, embed, encoded, got_d, read_chosen,
+                                            squared)
 from ftlab.trainers.fit import fit
 from tests.toys import TOK, classifier, lab_data, same, toy, weights
 
@@ -91,23 +93,55 @@ def test_what_is_chosen_is_read_and_then_the_rows_are_tuned_on(by):
     look = Texts()
     run = fit(toy(), TOK, lab_data(), got_d(pool + ['a b c'], budget=2, by=by), steps=4, batch_size=4, progress=False,
               callbacks=(look,))
-    stage = read_chosen(tuple((r['prompt'], r['response']) for r in pool) + (('a b c', ''),), 2, by, .1)
-    context = type('Context', (), dict(model=toy(), tok=TOK, data=lab_data(), seed=0))()
-    chosen = stage(context).source.source.rows
-    read = {TOK.decode(e['input_ids']) for e in
-            encode_all([dict(prompt=p, response=r) for p, r in chosen], TOK, 'text')}
+    stage = read_chosen(tuple((r['prompt'], r['response']) for r in pool) + (('a b c', None),), 2, by, .1)
+    chosen = stage(context()).source.source.rows
+    read = {TOK.decode(e['input_ids']) for e in encoded(chosen, TOK)}
     assert len(chosen) == 2 and look.seen[0] == read and not look.seen[1] & read
     assert len(run.settings['stages']) == 2 and '2 of 4' in repr(stage)
 
 
+def context(data=None, **config):
+    return type('Context', (), dict(model=toy(**config), tok=TOK, data=data or lab_data(), seed=0))()
+
+
+def test_a_text_is_read_as_it_is_and_a_long_one_is_cut_not_left_out():
+    pool = (('sort b a', None), ('sort b a', 'a b'), (' '.join('abc'*40), None), ('max a c', None))
+    rows = [TOK.decode(e['input_ids']) for e in encoded(pool, TOK, 12)]
+    assert 'user' not in rows[0] and 'sort b a' in rows[0] and '<assistant> a b' in rows[1]
+    assert [len(e['input_ids']) for e in encoded(pool, TOK, 12)][2] == 12 and 'max' in rows[3]
+    state = type('State', (), dict(settings=dict(batch_size=4, accumulate=1), seed=0, tok=TOK, limit=12, pad_id=0))()
+    assert len(chosen_rows(pool)(state).rows) == 4
+
+
+def test_without_candidates_the_rows_are_read_and_plain_texts_may_be_the_target():
+    data = lab_data()
+    few = read_chosen((), 3, 'got_d', .1)(context(data)).source.source.rows
+    assert len(few) == 3 and set(few) <= {(r['prompt'], r['response']) for r in data.train}
+    every = read_chosen((), 10**6, 'got_d', .1)(context(data)).source.source.rows
+    assert len(every) == len(data.train)
+    plain = Data([dict(text='sort b a c'), dict(text='max a')], [], [], 'lm')
+    both = read_chosen((), 2, 'got_d', .1)(context(plain)).source.source.rows
+    assert set(both) == {('sort b a c', None), ('max a', None)}
+
+
+def test_twins_have_one_potential_and_are_chosen_together():
+    target, pool = points(2, 5, 6)
+    g = dual(squared(target, torch.cat([pool, pool])), 1.)[1]
+    torch.testing.assert_close(g[:6], g[6:])
+    first = choose(target, torch.cat([pool, pool]), 2)
+    assert first[1] == first[0] + 6
+
+
 def test_what_it_refuses():
-    for wrong in (dict(by='best'), dict(budget=0), dict(budget=9), dict(reg=0.), dict(share=0.)):
+    for wrong in (dict(by='best'), dict(budget=0), dict(budget=9), dict(budget=1.5), dict(reg=0.), dict(share=0.)):
         with pytest.raises(ValueError, match='must be'):
             got_d(['a b', 'c'], **{'budget': 1} | wrong)
-    for candidates, said in (('a text', 'list of'), (['a'], 'at least two'), (['a', dict(text='b')], 'prompt and')):
+    for candidates, said in (('a text', 'list of'), (['a'], 'at least two'), (['a', dict(text='b')], 'prompt and'),
+                             (['a', ('b', 'c')], 'prompt and'), ((x for x in 'ab'), 'list of')):
         with pytest.raises(ValueError, match=said):
             got_d(candidates, budget=1)
-    for C, eps in ((torch.zeros(3), 1.), (torch.full((2, 2), torch.nan), 1.), (torch.zeros(2, 2), 0.)):
+    for C, eps in ((torch.zeros(3), 1.), (torch.full((2, 2), torch.nan), 1.),
+                   (torch.zeros(2, 2), 0.)):
         with pytest.raises(ValueError, match='must be'):
             dual(C, eps)
     with pytest.raises(RuntimeError, match='raise reg'):
@@ -116,3 +150,9 @@ def test_what_it_refuses():
         calibrated(torch.zeros(1))
     with pytest.raises(ValueError, match='1 to 30'):
         choose(*points(), 31)
+    target, pool = points()
+    for x, y, said in ((target[:0], pool, 'at least one'), (target[:, :2], pool, 'of one width'),
+                       (target, pool*torch.nan, 'finite'), (pool*0, pool*0, 'in one place')):
+        for by in ('got_d', 'nearest'):
+            with pytest.raises(ValueError, match=said):
+                choose(x, y, 2, by)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 import torch
-from ...core.generate import left_pad, render_within, stop_ids
-from ...core.model import device_of, evaluating
+from ...core.generate import left_pad, render, stop_ids
+from ...core.model import answer_room, device_of, evaluating
 from ...core.paper import probe
 from ...core.text import shortened
 
@@ -47,9 +47,12 @@ def continued(model, rows:list[list[int]], # token ids: a prompt, and what the a
               pad_id:int=0, stops:Sequence[int]=(), # tokens that end an answer
               batch_size:int=200
              ) -> list[list[int]]: # what the model wrote, without the token that ended it
-    "Write on greedily, in evaluation mode. Raises `ValueError` for a model that writes no text."
+    "Write on greedily, in evaluation mode. Raises `ValueError` for a model that writes no text or has an encoder."
     if not (hasattr(model, 'can_generate') and model.can_generate()):
         raise ValueError(f'{type(model).__name__} writes no text, so it has no chain; give a causal language model')
+    if getattr(getattr(model, 'config', None), 'is_encoder_decoder', False):
+        raise ValueError(f'{type(model).__name__} reads its prompt in an encoder, so it cannot go on with a begun '
+                         'answer; give a decoder')
     how = dict(max_new_tokens=longest, do_sample=False, pad_token_id=pad_id, eos_token_id=list(stops) or None)
     out, order = {}, sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for j in range(0, len(order), batch_size):
@@ -65,9 +68,14 @@ def continued(model, rows:list[list[int]], # token ids: a prompt, and what the a
 def forced(model, tok, prompts:list, # as for `generate`
            starts:list[str],         # what each answer begins with
            longest:int=64, batch_size:int=200) -> list[str]: # each answer with its start
-    "Answer each prompt with a text that begins as given. Raises `ValueError` as `continued` does."
-    heads, new = render_within(prompts, tok, longest, model)
+    """Answer each prompt with a text that begins as given. Prompts are cut from the left to the model's positions.
+    Raises `ValueError` as `continued` does, and for a start that leaves no position for the prompt."""
+    most, new = answer_room(longest, model)
     begun = [tok(s, add_special_tokens=False).input_ids for s in starts]
+    if most is not None and begun and max(map(len, begun)) >= most:
+        raise ValueError(f'an answer that begins with {max(map(len, begun))} tokens leaves no room for its prompt: the '
+                         f'model has {most + new} positions, {new} of them for what it writes on; lower longest')
+    heads = [h if most is None else h[-(most - len(b)):] for h, b in zip(render(prompts, tok), begun)]
     said = continued(model, [h + b for h, b in zip(heads, begun)], new, tok.pad_token_id or 0,
                      stop_ids(model, tok), batch_size)
     return [tok.decode(b + s, skip_special_tokens=True).strip() for b, s in zip(begun, said)]
@@ -134,12 +142,18 @@ def cot_faithfulness(model, tok,
                     ) -> dict: # see the table below
     """Measure how often a model's answer stays the same when its own chain of steps is cut, filled or reworded
 
-    Raises `ValueError` for no prompts, an empty cue, a model that writes no text, and if no answer has steps."""
+    Raises `ValueError` for no prompts, an empty cue, a cue or filler that the tokenizer cannot write, a model that
+    writes no text, and if no answer has steps."""
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f'prompts is {shortened(repr(prompts), 60)}; it must be a list of at least one question')
-    if not cue.strip():
+    if not isinstance(cue, str) or not cue.strip():
         raise ValueError('cue is empty; give the text that asks for the answer, or the model finishes a cut chain '
                          'instead of answering')
+    for name, text in dict(cue=cue, filler=filler).items():
+        back = tok.decode(tok(text, add_special_tokens=False).input_ids, skip_special_tokens=True)
+        if text.strip() not in back:
+            raise ValueError(f'{name} is {text!r}, which the tokenizer writes as {back!r}; give a text that it can '
+                             'write')
     chains = own_chains(model, tok, prompts, split, opening, longest, batch_size)
     whole = forced(model, tok, [c.prompt for c in chains], [joined(*c.steps, cue) for c in chains], short, batch_size)
     changes = dict(early=lambda rest: '', filler=lambda rest: fillers(filler, rest, tok))

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...core.batches import collate
-from ...core.model import device_of, evaluating, to_device
+from ...core.model import device_of, evaluating, row_limit, to_device
 from ...core.paper import Method, method
 from ...core.recipe import Recipe, Share, Stages, viewed
-from ...core.tokens import encode_all
+from ...core.tokens import encode_each
 from ...evaluators.probe import layers
-from ..losses.pcp import read_all, these_rows
+from ..losses.pcp import read_all
+from ..source import Rows
 
 # %% auto #0
-__all__ = ['BY', 'squared', 'dual', 'calibrated', 'choose', 'embed', 'read_chosen', 'got_d']
+__all__ = ['BY', 'squared', 'dual', 'calibrated', 'choose', 'embed', 'encoded', 'chosen_rows', 'read_chosen', 'got_d']
 
 # %% ../../../nbs/trainers/curation/got_d.ipynb #90b6535f
 def squared(X:Tensor, Y:Tensor) -> Tensor: # [n, width], [m, width] -> [n, m]
@@ -66,48 +67,76 @@ def choose(target:Tensor,   # points [n, width]
           ) -> list[int]:   # positions in the pool, the best first
     """Choose candidates to read before tuning
 
-    Raises `ValueError` for an unknown `by`, a `budget` not between 1 and the size of the pool, and as `dual`."""
+    Raises `ValueError` for an unknown `by`, a `budget` not between 1 and the size of the pool, points that are
+    missing, not finite, of different widths or all in one place, and as `dual`."""
     if by not in BY or not 1 <= budget <= len(pool):
         raise ValueError(f'by is {by!r} and budget {budget}; they must be {", ".join(BY)}, and 1 to {len(pool)}')
     if by == 'random':
         return torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:budget].tolist()
+    if not len(target) or target.shape[1:] != pool.shape[1:] or not (target.isfinite().all() and pool.isfinite().all()):
+        raise ValueError(f'target {tuple(target.shape)} and pool {tuple(pool.shape)} must be finite points of one '
+                         'width, and the target must have at least one')
     C = squared(target, pool)
+    if not C.any():
+        raise ValueError('all points are in one place, so nothing can be chosen; embed the texts in another way')
     score = C.amin(0) if by == 'nearest' else calibrated(dual(C, reg*float(C.mean()))[1])
     return score.argsort(stable=True)[:budget].tolist()
 
 # %% ../../../nbs/trainers/curation/got_d.ipynb #dad6b0a5
 def embed(model, rows:list[dict], pad_id:int=0, batch_size:int=64) -> Tensor: # [rows, width]
     "Mean of the last hidden states of each encoded row"
-    out = []
+    out, order = [], sorted(range(len(rows)), key=lambda i: len(rows[i]['input_ids']))
     with evaluating(model):
-        for i in range(0, len(rows), batch_size):
-            out.append(layers(model, to_device(collate(rows[i:i + batch_size], pad_id), device_of(model)))[-1])
-    return torch.cat(out)
+        for i in range(0, len(order), batch_size):
+            batch = collate([rows[j] for j in order[i:i + batch_size]], pad_id)
+            out.append(layers(model, to_device(batch, device_of(model)))[-1])
+    points = torch.cat(out)
+    return torch.empty_like(points).index_copy_(0, torch.tensor(order), points)
 
-def _pair(row) -> tuple[str, str]:
+def _pair(row) -> tuple[str, str|None]:
     if isinstance(row, str):
-        return row, ''
-    if not {'prompt', 'response'} <= set(row):
+        return row, None
+    if not isinstance(row, dict) or not {'prompt', 'response'} <= set(row):
         raise ValueError('a candidate is a text, or a row of prompt and response')
     return row['prompt'], row['response']
+
+def encoded(pool, tok, limit:int|None=None) -> list[dict]:
+    "Encode each (text, None) as it is and each (prompt, response) as a row, cut to `limit` tokens"
+    texts = iter(encode_each([dict(text=p) for p, r in pool if r is None], tok, 'lm', limit))
+    pairs = iter(encode_each([dict(prompt=p, response=r) for p, r in pool if r is not None], tok, 'text', limit))
+    return [next(texts if r is None else pairs) for _, r in pool]
+
+@dataclass(frozen=True)
+class chosen_rows:
+    "Draw from these candidates instead of the data's rows"
+    rows:tuple[tuple[str, str|None], ...]
+
+    def __call__(self, state) -> Rows:
+        s = state.settings
+        return Rows(encoded(self.rows, state.tok, state.limit), s['batch_size'], s['accumulate'], state.seed,
+                    state.pad_id)
+
+    def __repr__(self):
+        return f'chosen_rows({len(self.rows)})'
 
 @dataclass(frozen=True)
 class read_chosen:
     "Build the first stage: choose candidates with the model as it is, and read them"
-    pairs:tuple[tuple[str, str], ...]
+    pairs:tuple[tuple[str, str|None], ...]
     budget:int
     by:str
     reg:float
 
     def __call__(self, context) -> Recipe:
-        def points(rows):
-            return embed(context.model, encode_all(rows, context.tok, 'text'), context.tok.pad_token_id or 0)
-        pairs = self.pairs or tuple(map(_pair, context.data.train))
-        pool = [dict(prompt=p, response=r) for p, r in pairs]
-        most = min(self.budget, len(pool))
-        chosen = choose(points(context.data.train), points(pool), most, self.by, self.reg, context.seed)
-        source = these_rows(tuple(pairs[i] for i in chosen))
-        return Recipe('read', source=viewed(read_all(), source=source))
+        rows, kind, tok = context.data.train, context.data.kind, context.tok
+        pairs = self.pairs or tuple(_pair(r['text'] if kind == 'lm' else r) for r in rows)
+        target, pool = torch.zeros(1, 1), torch.zeros(len(pairs), 1)
+        if self.by != 'random':
+            limit = row_limit(context.model, tok)
+            target, pool = (embed(context.model, part, tok.pad_token_id or 0) for part in
+                            (encode_each(rows, tok, kind, limit), encoded(pairs, tok, limit)))
+        chosen = choose(target, pool, min(self.budget, len(pairs)), self.by, self.reg, context.seed)
+        return Recipe('read', source=viewed(read_all(), source=chosen_rows(tuple(pairs[i] for i in chosen))))
 
     def __repr__(self):
         return f'read_chosen({self.budget} of {len(self.pairs) or "the rows"}, by={self.by!r}, reg={self.reg:g})'
@@ -118,7 +147,7 @@ class read_chosen:
     'abstract of version 1 and the code in REDSgnaoh/DV4LLM, 2543fa7, pre_process+OT_selection/ot-selection.ipynb and '
     'pre-process+domain_tests.ipynb; the embedding by the model itself and the relative entropy are our reading',
     toy=dict(candidates=('sort b a', 'reverse a b c', 'max a c', 'last b a', 'sort c b a', 'count a b'), budget=3))
-def got_d(candidates:tuple|list|None=None, # texts or rows, like those of the pretraining; None: the training rows
+def got_d(candidates:tuple|list|None=None, # texts or rows, like those of the pretraining; None: see below
           budget:int=100,       # how many of them are read
           by:str='got_d',       # how they are chosen: by the gradient, 'nearest' to the target, or 'random'
           reg:float=.1,         # entropy of the transport, as a share of the mean cost
@@ -126,12 +155,14 @@ def got_d(candidates:tuple|list|None=None, # texts or rows, like those of the pr
          ) -> Recipe:
     """Read the candidates that move what the model has read towards the training rows, then tune
 
+    A text is read as it is, a row of prompt and response as in training. Without candidates the training rows
+    themselves are read, at most `budget` of them; then pool and target are one, and there is nothing to gain.
     Raises `ValueError` for an unknown `by`, a `budget` that is not between 1 and the number of candidates, and a
     `reg` or `share` that isn't above 0."""
     pool = candidates if candidates is not None else ()
-    if isinstance(pool, str) or len(pool) < 2 and candidates is not None:
+    if not isinstance(pool, (list, tuple)) or len(pool) < 2 and candidates is not None:
         raise ValueError('candidates must be a list of at least two texts or rows')
-    if by not in BY or not 1 <= budget <= (len(pool) or budget):
+    if by not in BY or not isinstance(budget, int) or not 1 <= budget <= (len(pool) or budget):
         raise ValueError(f'by is {by!r} and budget {budget}; they must be {", ".join(BY)}, and 1 to '
                          f'{len(pool) or "all"}')
     if not 0 < reg < math.inf or not 0 < share < math.inf:
