@@ -48,7 +48,8 @@ def test_the_run_is_that_of_the_official_loop():
     skipped = 0
     for b in seen:
         opt.zero_grad()
-        logits, on = model(b['input_ids'], attention_mask=b['attention_mask']).logits, b['labels'][:, 1:] != -100
+        logits = model(b['input_ids'], attention_mask=b['attention_mask']).logits
+        on = b['labels'][:, 1:] != -100
         each = cross_entropy(logits[:, :-1].transpose(1, 2), b['input_ids'][:, 1:], reduction='none')
         loss = ((each*on).sum(1)/on.sum(1)).mean()
         if loss.item() >= enough:
@@ -57,7 +58,8 @@ def test_the_run_is_that_of_the_official_loop():
         else:
             skipped += 1
     assert 0 < skipped < len(seen) == 6
-    torch.testing.assert_close(run.model.get_parameter(PLACE), model.get_parameter(PLACE), atol=1e-6, rtol=0)
+    ours, theirs = run.model.get_parameter(PLACE), model.get_parameter(PLACE)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert {n for n in run.delta.attached.changes()} == {PLACE}
 
 
@@ -70,7 +72,8 @@ def test_micro_batches_are_one_batch():
 
 def test_depth_first_reads_each_batch_in_one_go_and_all_equally_often():
     rows = encode_all(fact_edits(7).rows, TOK, 'text')
-    state = SimpleNamespace(rows=rows, seed=3, pad_id=0, settings=dict(batch_size=2, steps=12, accumulate=1))
+    how = dict(batch_size=2, steps=12, accumulate=1)
+    state = SimpleNamespace(rows=rows, seed=3, pad_id=0, settings=how)
     source, got = DepthFirst(state), []
     for state.step in range(12):
         batch, = source.next(state)
@@ -96,7 +99,8 @@ def test_an_edit_may_come_twice_contradict_another_or_be_alone():
     for given in ([*rows, *rows], [rows[0], dict(rows[0], response='red')], rows[:1]):
         data = as_data(dict(train=given, validation=given[:1], test=given[:1]))
         for pipeline in ('breadth', 'depth'):
-            run = fit(toy(), TOK, data, locft_bf(1, pipeline=pipeline), steps=4, batch_size=5, progress=False)
+            run = fit(toy(), TOK, data, locft_bf(1, pipeline=pipeline), steps=4, batch_size=5,
+                      progress=False)
             assert len(run.log) == 4 and list(run.delta.attached.changes()) == [PLACE]
 
 
@@ -125,7 +129,7 @@ def test_the_place_on_every_family(family):
 
 def test_late_is_the_official_block_of_llama():
     for blocks, want in ((32, 22), (28, 19), (4, 2), (1, 0)):
-        (name,) = one_place()(tiny('llama', **({} if blocks == 2 else dict(num_hidden_layers=blocks))))
+        (name,) = one_place()(tiny('llama', num_hidden_layers=blocks))
         assert f'.layers.{want}.' in name
 
 
@@ -138,8 +142,11 @@ def test_a_place_that_is_not_there(place, says):
 def test_a_scan_leaves_the_model_as_it_was():
     model, was = toy(), weights(toy())
     asked = []
-    found = scan(model, TOK, fact_edits(4).data(), lambda m: dict(reliability=len(asked), kept=asked.append(m) or 1.),
-                 ('o', 'down', 'none'), steps=2, batch_size=2)
+    def measure(m):
+        asked.append(m)
+        return dict(reliability=len(asked), kept=1.)
+    found = scan(model, TOK, fact_edits(4).data(), measure, ('o', 'down', 'none'), steps=2,
+                 batch_size=2)
     assert [(r['layer'], r['module']) for r in found] == [(0, 'o'), (0, 'down'), (1, 'o'), (1, 'down')]
     assert same(weights(model), was) and best_place(found) == found[-1]
 
@@ -158,7 +165,8 @@ def test_a_scan_takes_one_name_and_refuses_places_that_are_nowhere():
 def test_a_scan_restores_the_model_when_measuring_fails():
     model, was = toy(), weights(toy())
     with pytest.raises(ZeroDivisionError):
-        scan(model, TOK, fact_edits(2).data(), lambda m: 1/0, ['down'], steps=2, batch_size=2, lr=1e-2)
+        scan(model, TOK, fact_edits(2).data(), lambda m: 1/0, ['down'], steps=2, batch_size=2,
+             lr=1e-2)
     assert same(weights(model), was)
     edited(locft_bf(1), model=model)
 
@@ -178,7 +186,8 @@ def test_edits_are_facts_with_other_values_and_questions_beside_them(n):
     for rows, edited in ((e.near, True), (e.far, False)):
         for row in rows:
             about = said[row['prompt']]
-            assert row['response'] == world.facts[about] and about not in e.changed and (about[0] in people) == edited
+            assert row['response'] == world.facts[about] and about not in e.changed
+            assert (about[0] in people) == edited
     assert len(e.data().train) == n and e == fact_edits(n, seed=5) != fact_edits(n, seed=6)
 
 
@@ -186,14 +195,16 @@ def test_scores_are_those_of_the_answers(monkeypatch):
     import ftlab.adapters.editing.locft_bf as module
     e = fact_edits(10, asked=7)
     taught = {r['prompt']: r['response'] for r in (*e.rows, *e.far)}
-    monkeypatch.setattr(module, 'answer_scores',
-                        lambda m, t, rows: [float(taught.get(r['prompt']) == r['response']) for r in rows])
+    def scored(model, tok, rows):
+        return [float(taught.get(r['prompt']) == r['response']) for r in rows]
+    monkeypatch.setattr(module, 'answer_scores', scored)
     found = edit_scores(None, None, e, asked=5)
-    assert {k: (len(v), sum(v)) for k, v in found.items()} == dict(reliability=(5, 5), paraphrase=(5, 0), near=(5, 0),
-                                                                   far=(5, 5))
+    assert {k: (len(v), sum(v)) for k, v in found.items()} == dict(
+        reliability=(5, 5), paraphrase=(5, 0), near=(5, 0), far=(5, 5))
 
 
-@pytest.mark.parametrize('wrong', [dict(tiers='oftn'), dict(tiers=('never',)), dict(asked=0), dict(asked=-1)])
+@pytest.mark.parametrize('wrong', [dict(tiers='oftn'), dict(tiers=('never',)), dict(asked=0),
+                                   dict(asked=-1)])
 def test_edits_of_people_that_no_model_knows_or_without_questions(wrong):
     with pytest.raises(ValueError, match='tiers are of often, sometimes, rarely, atlas, and asked is 1 or more'):
         fact_edits(3, **wrong)
@@ -218,4 +229,5 @@ def test_full_fine_tuning_has_the_same_loss_on_answers_of_one_length():
     "The lab's facts are one word and an end mark: the mean over rows is the mean over tokens"
     ours, plain = edited(locft_bf(1)), edited(Recipe('down', select=one_place(layer=1)), schedule='constant')
     assert [round(r['loss'], 5) for r in ours.log] == [round(r['loss'], 5) for r in plain.log]
-    assert collate(encode_all(fact_edits(3).rows, TOK, 'text'), 0)['labels'].ne(-100).sum(1).tolist() == [2]*3
+    labels = collate(encode_all(fact_edits(3).rows, TOK, 'text'), 0)['labels']
+    assert labels.ne(-100).sum(1).tolist() == [2]*3

@@ -140,12 +140,12 @@ class Edits:
         "Return the edits as data to train on; all of them are training rows"
         return as_data(dict(train=self.rows, validation=self.rows[:1], test=self.rows[:1]))
 
-KNOWN = ('often', 'sometimes', 'rarely', 'atlas') # atlas: lab-m alone
+KNOWN = ('often', 'sometimes', 'rarely', 'atlas') # how often the lab's text told of people; atlas: to lab-m alone
 
 def fact_edits(n:int,          # how many
                seed:int=0,
                world:LabWorld|None=None, # whose facts; None: that of the lab models
-               tiers:Sequence[str]=('often', 'sometimes'), # which people: of `KNOWN`, how often the lab's text told of them
+               tiers:Sequence[str]=('often', 'sometimes'), # which people: some of `KNOWN`
                asked:int=200   # most questions of each kind
               ) -> Edits:
     """Draw edits of facts that the lab models know. Raises `ValueError` for more than there are, or than leave a
@@ -201,7 +201,8 @@ def scan(model, tok, data:Data,
     layers = range(len(blocks)) if layers is None else tuple(layers)
     if beyond := [l for l in layers if not 0 <= l < len(blocks)]:
         raise ValueError(f'layers has {beyond[0]}; the model has {len(blocks)} blocks, counted from 0')
-    places = [(l, m) for l in layers for m in modules if m in {**blocks[l].attention, **blocks[l].mlp}]
+    places = [(l, m) for l in layers for m in modules
+              if m in blocks[l].attention or m in blocks[l].mlp]
     if not places:
         has = dict.fromkeys(m for b in blocks for m in (*b.attention, *b.mlp))
         raise ValueError(f'no place to try: modules is {modules} and layers {tuple(layers)}; the model has '
