@@ -51,7 +51,8 @@ def identities() -> dict[str, bool]:
     about = {w.format(p=p, a=a): (p, a) for w in ASK for p, a in world.facts}
     own = {r['prompt'] for r in e.rows}
     one, other = (locft_bf(pipeline=p) for p in ('breadth', 'depth'))
-    return {'each edit is another fact': {about[r['prompt']] for r in e.rows} == e.changed and len(e.changed) == EDITS,
+    return {'each edit is another fact':
+                {about[r['prompt']] for r in e.rows} == e.changed and len(e.changed) == EDITS,
             'no edit says what the model knows':
                 all(r['response'] != world.facts[about[r['prompt']]] for r in (*e.rows, *e.paraphrase)),
             'no question beside an edit is an edit':
