@@ -46,7 +46,7 @@ def run(arm, rate, seed, split, steps):
     return measured(model, tok, seed, split)
 
 def identities() -> dict[str, bool]:
-    "No edit says what the model knows, nor is any asked about as a fact that stays; the pipelines differ in order alone"
+    "No edit says what the model knows or is asked about as a fact that stays; the pipelines differ in order alone"
     e, world = edits_of(20, 'test'), LabWorld(0)
     about = {w.format(p=p, a=a): (p, a) for w in ASK for p, a in world.facts}
     own = {r['prompt'] for r in e.rows}
