@@ -9,6 +9,7 @@ from ftlab import papers
 from ftlab.adapters.editing.locft_bf import (ASK, DepthFirst, best_place, edit_scores, fact_edits,
                                              locft_bf, one_place, scan)
 from ftlab.core.batches import collate
+from ftlab.core.data import data as as_data
 from ftlab.core.recipe import Recipe
 from ftlab.core.tokens import encode_all
 from ftlab.lab.world import LabWorld
@@ -57,7 +58,7 @@ def test_the_run_is_that_of_the_official_loop():
         else:
             skipped += 1
     assert 0 < skipped < len(seen) == 6
-    ours, theirs = (m.get_parameter(PLACE) for m in (run.model, model))
+    ours, theirs = run.model.get_parameter(PLACE), model.get_parameter(PLACE)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert {n for n in run.delta.attached.changes()} == {PLACE}
 
@@ -88,6 +89,21 @@ def test_a_run_resumes(pipeline, tmp_path):
     assert_resumes(lambda **more: edited(locft_bf(1, pipeline=pipeline), **more), tmp_path, at=3)
 
 
+def test_packed_rows_are_refused():
+    with pytest.raises(ValueError, match='use packing=False'):
+        edited(locft_bf(1), packing=True)
+
+
+def test_an_edit_may_come_twice_contradict_another_or_be_alone():
+    rows = fact_edits(2).rows
+    for given in ([*rows, *rows], [rows[0], dict(rows[0], response='red')], rows[:1]):
+        data = as_data(dict(train=given, validation=given[:1], test=given[:1]))
+        for pipeline in ('breadth', 'depth'):
+            run = fit(toy(), TOK, data, locft_bf(1, pipeline=pipeline), steps=4, batch_size=5,
+                      progress=False)
+            assert len(run.log) == 4 and list(run.delta.attached.changes()) == [PLACE]
+
+
 def test_one_batch_of_all_makes_the_pipelines_equal():
     a, b = (edited(locft_bf(1, pipeline=p), n=2).model.get_parameter(PLACE) for p in ('breadth', 'depth'))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -101,13 +117,14 @@ def test_a_classifier_has_one_label_a_row():
 
 # ---------- where
 
-@pytest.mark.parametrize('family', 'llama qwen2 gemma gpt2 opt gpt_neox bert'.split())
+@pytest.mark.parametrize('family', 'llama qwen2 gemma gpt2 opt gpt_neox phi bert'.split())
 def test_the_place_on_every_family(family):
     model = tiny(family)
     (name,) = one_place()(model)
     assert '.1.' in name and one_place(layer=0)(model).keys() != {name}
     block = one_place('block', 1)(model)
-    assert name in block and all('.1.' in n for n in block) and len(block) > 4
+    assert name in block
+    assert set(block) == {n for n, _ in model.named_parameters() if '.1.' in n}, 'a bias or a norm is missing'
 
 
 def test_late_is_the_official_block_of_llama():
@@ -125,7 +142,6 @@ def test_a_place_that_is_not_there(place, says):
 def test_a_scan_leaves_the_model_as_it_was():
     model, was = toy(), weights(toy())
     asked = []
-
     def measure(m):
         asked.append(m)
         return dict(reliability=len(asked), kept=1.)
@@ -133,6 +149,26 @@ def test_a_scan_leaves_the_model_as_it_was():
                  batch_size=2)
     assert [(r['layer'], r['module']) for r in found] == [(0, 'o'), (0, 'down'), (1, 'o'), (1, 'down')]
     assert same(weights(model), was) and best_place(found) == found[-1]
+
+
+def test_a_scan_takes_one_name_and_refuses_places_that_are_nowhere():
+    how = dict(steps=1, batch_size=2, progress=False)
+    rows = fact_edits(2).data()
+    found = scan(toy(), TOK, rows, lambda m: {}, 'down', **how)
+    assert found == [dict(layer=0, module='down'), dict(layer=1, module='down')]
+    with pytest.raises(ValueError, match="modules is .'donw',.*the model has q, k, v, o"):
+        scan(toy(), TOK, rows, lambda m: {}, ['donw'], **how)
+    with pytest.raises(ValueError, match='layers has -1; the model has 2 blocks'):
+        scan(toy(), TOK, rows, lambda m: {}, layers=[-1], **how)
+
+
+def test_a_scan_restores_the_model_when_measuring_fails():
+    model, was = toy(), weights(toy())
+    with pytest.raises(ZeroDivisionError):
+        scan(model, TOK, fact_edits(2).data(), lambda m: 1/0, ['down'], steps=2, batch_size=2,
+             lr=1e-2)
+    assert same(weights(model), was)
+    edited(locft_bf(1), model=model)
 
 
 # ---------- the edits
@@ -159,12 +195,20 @@ def test_scores_are_those_of_the_answers(monkeypatch):
     import ftlab.adapters.editing.locft_bf as module
     e = fact_edits(10, asked=7)
     taught = {r['prompt']: r['response'] for r in (*e.rows, *e.far)}
-    monkeypatch.setattr(module, 'answer_scores',
-                        lambda m, t, rows: [float(taught.get(r['prompt']) == r['response'])
-                                            for r in rows])
+    def scored(model, tok, rows):
+        return [float(taught.get(r['prompt']) == r['response']) for r in rows]
+    monkeypatch.setattr(module, 'answer_scores', scored)
     found = edit_scores(None, None, e, asked=5)
-    got = {k: (len(v), sum(v)) for k, v in found.items()}
-    assert got == dict(reliability=(5, 5), paraphrase=(5, 0), near=(5, 0), far=(5, 5))
+    assert {k: (len(v), sum(v)) for k, v in found.items()} == dict(
+        reliability=(5, 5), paraphrase=(5, 0), near=(5, 0), far=(5, 5))
+
+
+@pytest.mark.parametrize('wrong', [dict(tiers='oftn'), dict(tiers=('never',)), dict(asked=0),
+                                   dict(asked=-1)])
+def test_edits_of_people_that_no_model_knows_or_without_questions(wrong):
+    with pytest.raises(ValueError, match='tiers are of often, sometimes, rarely, atlas, and asked is 1 or more'):
+        fact_edits(3, **wrong)
+    assert fact_edits(3, tiers='often') == fact_edits(3, tiers=('often',))
 
 
 @pytest.mark.parametrize('n', [0, 10**4])

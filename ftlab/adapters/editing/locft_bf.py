@@ -21,8 +21,8 @@ from ...trainers.objective import Objective, loss_mask, token_nll
 from ...trainers.source import micro_size, rows_of
 
 # %% auto #0
-__all__ = ['LATE', 'PIPELINES', 'one_place', 'mean_of_rows', 'SkipLearned', 'DepthFirst', 'locft_bf', 'Edits', 'fact_edits',
-           'edit_scores', 'scan', 'best_place']
+__all__ = ['LATE', 'PIPELINES', 'KNOWN', 'one_place', 'mean_of_rows', 'SkipLearned', 'DepthFirst', 'locft_bf', 'Edits',
+           'fact_edits', 'edit_scores', 'scan', 'best_place']
 
 # %% ../../../nbs/adapters/editing/locft_bf.ipynb #locft_bf-6
 LATE = 22/32 # Llama's block, as a share of the depth
@@ -35,23 +35,27 @@ class one_place:
 
     def __call__(self, model, batches=None, seed=0) -> dict:
         """Return {name: True}. Raises `ValueError` for a block or a matrix that the model does not have."""
-        blocks = len(anatomy(model).blocks)
-        layer = int(LATE*blocks) if self.layer is None else self.layer
-        if not 0 <= layer < blocks:
-            raise ValueError(f'layer is {layer}; the model has {blocks} blocks, counted from 0')
-        whole = 'attention', 'mlp', 'experts', 'norm'
-        which = whole if self.module == 'block' else (self.module,)
-        if found := parts(*which, blocks=(layer,))(model):
+        blocks = anatomy(model).blocks
+        layer = int(LATE*len(blocks)) if self.layer is None else self.layer
+        if not 0 <= layer < len(blocks):
+            raise ValueError(f'layer is {layer}; the model has {len(blocks)} blocks, counted from 0')
+        here = blocks[layer]
+        if self.module == 'block':
+            return dict.fromkeys(here.parameters, True) # with biases and norms, as in the official code
+        if found := parts(self.module, blocks=(layer,))(model):
             return found
-        here = anatomy(model).blocks[layer]
-        raise ValueError(f'block {layer} has no {self.module!r}; it has {", ".join([*here.attention, *here.mlp])}, '
-                         "and 'block' is all of it")
+        has = [*here.attention, *here.mlp, *here.experts]
+        raise ValueError(f"block {layer} has no {self.module!r}; it has {', '.join(has)}, and 'block' is all of it")
 
 @dataclass(frozen=True)
 class mean_of_rows:
-    "The mean over rows of each row's mean negative log-likelihood"
+    """The mean over rows of each row's mean negative log-likelihood. Raises `ValueError` for packed rows, which it
+    could not tell apart"""
 
     def __call__(self, state) -> Tensor:
+        if 'tokens' in state.batch:
+            raise ValueError('packing puts several edits in one line, and each edit has a mean of its own; '
+                             'use packing=False')
         labels = state.batch['labels']
         each, on = token_nll(state.forward(), labels), loss_mask(labels)
         if labels.ndim == 2:
@@ -77,7 +81,8 @@ class SkipLearned:
 
 # %% ../../../nbs/adapters/editing/locft_bf.ipynb #locft_bf-8
 class DepthFirst:
-    "All steps of one batch, then all of the next; each batch has the same share of the run"
+    """All steps of one batch, then all of the next; each batch has the same share of the run. Adam's moments go on from
+    batch to batch"""
     def __init__(self, state): # `State` of the run
         how = state.settings
         self.size, self.steps = how['batch_size'], how['steps']
@@ -135,15 +140,21 @@ class Edits:
         "Return the edits as data to train on; all of them are training rows"
         return as_data(dict(train=self.rows, validation=self.rows[:1], test=self.rows[:1]))
 
+KNOWN = ('often', 'sometimes', 'rarely', 'atlas') # how often the lab's text told of people; atlas: to lab-m alone
+
 def fact_edits(n:int,          # how many
                seed:int=0,
                world:LabWorld|None=None, # whose facts; None: that of the lab models
-               tiers:Sequence[str]=('often', 'sometimes'), # which people: how often the lab's text told of them
+               tiers:Sequence[str]=('often', 'sometimes'), # which people: some of `KNOWN`
                asked:int=200   # most questions of each kind
               ) -> Edits:
     """Draw edits of facts that the lab models know. Raises `ValueError` for more than there are, or than leave a
-    question of each kind."""
+    question of each kind, for people that no model knows, and for no question."""
     world, rng = world or LabWorld(0), random.Random(seed)
+    tiers = (tiers,) if isinstance(tiers, str) else tuple(tiers)
+    if set(tiers) - set(KNOWN) or asked < 1:
+        raise ValueError(f'tiers is {tiers} and asked is {asked}; tiers are of {", ".join(KNOWN)}, and asked is 1 or '
+                         'more')
     people = [p for t in tiers for p in world.people[t]]
     known = [(p, a) for p in people for a in ATTRIBUTES]
     if not 1 <= n <= len(known)//2:
@@ -160,9 +171,8 @@ def fact_edits(n:int,          # how many
         first, second = rng.sample(ASK, 2)
         rows.append(ask(p, a, first, new))
         paraphrase.append(ask(p, a, second, new))
-    left = [x for x in known if x not in changed]
-    kept = [ask(*x, rng.choice(ASK), world.facts[x]) for x in left]
-    of = [p for p, _ in left]
+    kept = [ask(p, a, rng.choice(ASK), world.facts[p, a]) for p, a in known if (p, a) not in changed]
+    of = [p for p, a in known if (p, a) not in changed]
     near = [r for r, p in zip(kept, of) if p in edited]
     far = [r for r, p in zip(kept, of) if p not in edited]
     if not near or not far:
@@ -173,8 +183,7 @@ def fact_edits(n:int,          # how many
 def edit_scores(model, tok, edits:Edits, asked:int=200 # most questions of each kind
                ) -> dict[str, list[float]]: # kind -> score of each question, 0 or 1
     "Ask the edits in their own words and in others, and the facts that should have stayed"
-    kinds = dict(reliability=edits.rows, paraphrase=edits.paraphrase, near=edits.near,
-                 far=edits.far)
+    kinds = dict(reliability=edits.rows, paraphrase=edits.paraphrase, near=edits.near, far=edits.far)
     return {k: answer_scores(model, tok, rows[:asked]) for k, rows in kinds.items()}
 
 # %% ../../../nbs/adapters/editing/locft_bf.ipynb #locft_bf-12
@@ -185,16 +194,26 @@ def scan(model, tok, data:Data,
          pipeline:str='breadth',
          **how                    # of `fit`: steps or epochs, batch_size, lr, seed, ...
         ) -> list[dict]:          # layer, module, and what was measured; a place that a block lacks is left out
-    "Edit in each place in turn, and measure; the model ends as it was"
-    out, blocks = [], anatomy(model).blocks
-    for layer in (range(len(blocks)) if layers is None else layers):
-        has = {**blocks[layer].attention, **blocks[layer].mlp}
-        for module in modules:
-            if module in has:
-                recipe = locft_bf(layer, module, pipeline)
-                run = fit(model, tok, data, recipe, progress=False, **how)
-                out.append(dict(layer=layer, module=module, **measure(model)))
-                run.delta.attached.detach()
+    """Edit in each place in turn, and measure; the model ends as it was, also after an error. Raises `ValueError` for
+    a block that the model does not have, and if none has any of the modules."""
+    blocks = anatomy(model).blocks
+    modules = (modules,) if isinstance(modules, str) else tuple(modules)
+    layers = range(len(blocks)) if layers is None else tuple(layers)
+    if beyond := [l for l in layers if not 0 <= l < len(blocks)]:
+        raise ValueError(f'layers has {beyond[0]}; the model has {len(blocks)} blocks, counted from 0')
+    places = [(l, m) for l in layers for m in modules
+              if m in blocks[l].attention or m in blocks[l].mlp]
+    if not places:
+        has = dict.fromkeys(m for b in blocks for m in (*b.attention, *b.mlp))
+        raise ValueError(f'no place to try: modules is {modules} and layers {tuple(layers)}; the model has '
+                         f'{", ".join(has)}')
+    out = []
+    for layer, module in places:
+        run = fit(model, tok, data, locft_bf(layer, module, pipeline), **dict(progress=False) | how)
+        try:
+            out.append(dict(layer=layer, module=module, **measure(model)))
+        finally:
+            run.delta.attached.detach()
     return out
 
 def best_place(scanned:Iterable[dict], success:str='reliability', kept:str='kept') -> dict:
