@@ -25,8 +25,8 @@ from ...lab.world import THINGS
 from ...trainers.fit import fit
 
 # %% auto #0
-__all__ = ['GROUPS', 'PROPERTIES', 'Boxes', 'box_prompts', 'elsewhere', 'corrupted', 'path_scores', 'box_circuit', 'by_place',
-           'random_groups', 'box_accuracy', 'other_tokens', 'circuit_accuracy', 'pruned', 'cmap_accuracy',
+__all__ = ['GROUPS', 'PROPERTIES', 'Boxes', 'box_prompts', 'box_rows', 'elsewhere', 'corrupted', 'path_scores', 'box_circuit',
+           'by_place', 'random_groups', 'box_accuracy', 'other_tokens', 'circuit_accuracy', 'pruned', 'cmap_accuracy',
            'counterfactual', 'property_mask', 'entity_circuits']
 
 # %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0006ec7c
@@ -54,6 +54,13 @@ def box_prompts(tok,
         raise ValueError(f'boxes is {boxes}; there must be from 2 to {len(BOX_NAMES) - 2}')
     if asked is not None and not (len(asked) == n and all(0 <= int(k) < boxes for k in asked)):
         raise ValueError(f'asked must have {n} numbers from 0 to {boxes - 1}, one for each prompt')
+    return _as_boxes(tok, _scenes(n, seed, boxes, moved, asked, absent))
+
+def box_rows(n:int, seed:int=0, boxes:int=7, moved:bool=True) -> list[dict]: # with prompt and response
+    "Draw the same questions with their answers, to learn from"
+    return [dict(prompt=s.prompt, response=s.things[s.asked]) for s in _scenes(n, seed, boxes, moved)]
+
+def _scenes(n, seed, boxes, moved, asked=None, absent=False):
     draw, scenes = random.Random(f'boxes {seed}'), []
     for i in range(n):
         names, things = draw.sample(BOX_NAMES, boxes + 2), draw.sample(THINGS, boxes)
@@ -61,7 +68,7 @@ def box_prompts(tok,
         k = k if asked is None else int(asked[i])
         scenes.append(_Scene(names[:boxes], things, k, names[-1] if moved else '',
                              names[-2] if absent else ''))
-    return _as_boxes(tok, scenes)
+    return scenes
 
 @dataclass(frozen=True)
 class _Scene:
@@ -268,8 +275,8 @@ def property_mask(model:nn.Module, tok, heads:Sequence[Site], place:str, prop:st
 def entity_circuits(seed:int=0,
                     base:str='lab-l', revision:str|None='step-2214', # as in `ftlab.load`
                     boxes:int=7,                 # in each prompt
-                    steps:int=100, rate:float=1e-3, # of full fine-tuning on `task`
-                    task:str='track-unnamed',    # as in `ftlab.data`
+                    steps:int=100, rate:float=1e-3, # of full fine-tuning
+                    task:str|None=None,          # as in `ftlab.data`; None: other questions of the same form
                     prompts:int=200,             # for each measurement; a sixth of them for each run of path patching
                     sizes:Sequence[int]=(8, 4, 6, 4), # as in `box_circuit`
                     controls:int=5,              # random circuits
@@ -277,7 +284,7 @@ def entity_circuits(seed:int=0,
                    ) -> Evidence:                # '<base, tuned, random, cmap...>.<metric>'
     "Compare the circuit of a base model with what it is in a fine-tuned copy. Raises as `load` and `data` do"
     model, tok = load(base, revision=revision)
-    rows = data(task, seed=seed, n=1000)
+    rows = data(task, seed=seed, n=1000) if task else data(box_rows(1600, 1000*seed + 8, boxes))
     tuned = fit(copy.deepcopy(model), tok, rows, steps=steps, batch_size=16, lr=rate, seed=seed,
                 progress=False).model
     groups = box_circuit(model, tok, max(4, prompts//6), 1000*seed + 1, boxes, sizes=sizes)
