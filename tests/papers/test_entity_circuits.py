@@ -3,8 +3,8 @@ import pytest, torch
 from ftlab import papers
 from ftlab.core.loading import load
 from ftlab.evaluators.mechanisms.entity_circuits import (
-    GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, by_place, circuit_accuracy,
-    cmap_accuracy, corrupted, counterfactual, other_tokens, property_mask, pruned, random_groups)
+    GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
+    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, other_tokens, property_mask, pruned, random_groups)
 from ftlab.evaluators.circuits import circuit_logits, probability
 from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
 from toys import TOK, toy
@@ -27,6 +27,8 @@ def test_the_three_places_hold_what_they_are_called(moved):
         assert (x[row, p.at[place][:, 0]] == name).all()
     assert (p.at['label'] < p.at['query']).all() and (p.at['last'] == x.shape[1] - 1).all()
     assert (p.things[row, p.asked] == p.labels).all()
+    for r, ids, label in zip(box_rows(12, 3, 4, moved), x, p.labels): # the same questions, to learn from
+        assert r['prompt'] in tok.decode(ids) and r['response'] == tok.decode(label)
     absent = corrupted(p, tok, 4, moved)
     asked = absent.batch['input_ids'][row, absent.at['query'][:, 0]]
     assert all((r == a).sum() == 1 for r, a in zip(absent.batch['input_ids'], asked))

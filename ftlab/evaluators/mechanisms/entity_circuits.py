@@ -94,8 +94,8 @@ def _as_boxes(tok, scenes) -> Boxes:
     "Turn scenes into prompts"
     token = tok.convert_tokens_to_ids
     if lacking := [w for s in scenes for w in [*s.names, *s.things] if tok.convert_ids_to_tokens(token(w)) != w]:
-        raise ValueError(f'the tokenizer has no token {lacking[0]!r}; take one of the lab, in which every name and thing '
-                         'is one token')
+        raise ValueError(f'the tokenizer has no token {lacking[0]!r}; take one of the lab, in which every name and '
+                         'thing is one token')
     ids = [prompt_ids(dict(prompt=s.prompt, response=''), tok) for s in scenes]
     last = lambda row, name: max(i for i, t in enumerate(row) if t == token(name))
     query = [last(row, s.instead or s.final) for row, s in zip(ids, scenes)]
