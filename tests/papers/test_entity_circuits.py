@@ -2,11 +2,11 @@
 import pytest, torch
 from ftlab import papers
 from ftlab.core.loading import load
-from ftlab.evaluators.circuits import random_circuit
 from ftlab.evaluators.mechanisms.entity_circuits import (
-    GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, by_place, circuit_accuracy,
-    cmap_accuracy, counterfactual, property_mask, pruned)
-from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch
+    GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
+    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, other_tokens, property_mask, pruned, random_groups)
+from ftlab.evaluators.circuits import circuit_logits, probability
+from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
 from toys import TOK, toy
 
 ENTRY = next(e for e in papers.index() if e['key'] == 'entity_circuits')
@@ -27,10 +27,13 @@ def test_the_three_places_hold_what_they_are_called(moved):
         assert (x[row, p.at[place][:, 0]] == name).all()
     assert (p.at['label'] < p.at['query']).all() and (p.at['last'] == x.shape[1] - 1).all()
     assert (p.things[row, p.asked] == p.labels).all()
-    absent = box_prompts(tok, 12, 4, 4, moved, p.asked, absent=True)
+    for r, ids, label in zip(box_rows(12, 3, 4, moved), x, p.labels): # the same questions, to learn from
+        assert r['prompt'] in tok.decode(ids) and r['response'] == tok.decode(label)
+    absent = corrupted(p, tok, 4, moved)
     asked = absent.batch['input_ids'][row, absent.at['query'][:, 0]]
     assert all((r == a).sum() == 1 for r, a in zip(absent.batch['input_ids'], asked))
-    assert torch.equal(absent.asked, p.asked) and absent.batch['input_ids'].shape == x.shape
+    # another position: or a head at the label that reports one would be patched with the same
+    assert (absent.asked != p.asked).all() and absent.batch['input_ids'].shape == x.shape
 
 
 @pytest.mark.parametrize('moved', [False, True])
@@ -72,16 +75,56 @@ def test_groups_are_found_backwards_and_pruned():
     p = box_prompts(tok, 6, 5, 3)
     kept = pruned(model, p, groups, mean_activations(model, [p.batch], all_heads(model)))
     assert all(set(kept[g]) <= set(groups[g]) for g in groups)
-    assert {k: len(v) for k, v in random_circuit(model, groups).items()} == {
-        k: len(v) for k, v in groups.items()}
+    for seed in range(9): # as many different heads at each place, though two groups share the last token
+        drawn = by_place(random_groups(model, groups, seed))
+        assert {k: len(set(v)) for k, v in drawn.items()} == {k: len(v) for k, v in by_place(groups).items()}
     heads = groups['fetcher'] or [Site('head', 0, 0)]
     mask = property_mask(model, tok, heads, 'last', 'position', n=4, boxes=3, steps=2)
     assert 0 <= mask.accuracy <= 1 and len(mask.losses) == 2
 
 
+@pytest.mark.parametrize('moved', [False, True])
+def test_heads_at_other_tokens_work_unless_one_asks_for_less(moved):
+    model, tok = load('lab-s')
+    p, heads = box_prompts(tok, 4, 0, 3, moved), all_heads(model)
+    means = mean_activations(model, [box_prompts(tok, 4, 1, 3, moved).batch], heads)
+    every = dict(fetcher=heads, detector=heads, reader=heads)
+    at = p.at | dict(rest=other_tokens(p))
+    places = torch.cat([*at.values()], 1).sort(1).values
+    assert torch.equal(places, torch.arange(places.shape[1]).expand(4, -1))
+    whole = run_logits(model, p.batch)
+    same = circuit_logits(model, p.batch, by_place(every) | dict(rest=heads), means, at)
+    assert torch.equal(same, whole)
+    right = probability(p.labels)
+    assert circuit_accuracy(model, p, every, means, probability) == right(whole)
+    alone = circuit_logits(model, p.batch, by_place(every), means, p.at)
+    assert circuit_accuracy(model, p, every, means, probability, rest=False) == right(alone) != right(whole)
+
+
+def test_each_group_is_pruned_beside_the_others_whole(monkeypatch):
+    from ftlab.evaluators.mechanisms import entity_circuits as page
+    seen = []
+    monkeypatch.setattr(page, 'circuit_accuracy', lambda m, p, groups, *a: seen.append(groups) or 1.)
+    a, b, c = (Site('head', i, 0) for i in range(3))
+    groups = dict(fetcher=(a,), detector=(b, c))
+    assert pruned(None, None, groups, {}) == dict(fetcher=(), detector=())
+    assert all(g['fetcher'] == (a,) or tuple(g['detector']) == (b, c) for g in seen)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match='boxes is 17'):
         box_prompts(TOK, 2, boxes=17)
+    with pytest.raises(ValueError, match='asked must have 2 numbers from 0 to 2'):
+        box_prompts(TOK, 2, boxes=3, asked=[0, 3])
+    class Other: # of a model whose words are not one token each
+        def convert_tokens_to_ids(self, word): return 0
+        def convert_ids_to_tokens(self, i): return '<unk>'
+    with pytest.raises(ValueError, match='the tokenizer has no token'):
+        box_prompts(Other(), 2, boxes=3)
+    with pytest.raises(ValueError, match="'answer' is no group"):
+        by_place(dict(answer=()))
+    with pytest.raises(ValueError, match='the models do not match'):
+        cmap_accuracy(toy(), load('lab-s')[0], None, {})
     with pytest.raises(ValueError, match="'colour' is no property"):
         counterfactual(None, TOK, 'colour', 0)
     assert len(all_heads(toy())) == 8

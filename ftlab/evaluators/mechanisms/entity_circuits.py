@@ -18,15 +18,16 @@ from ...core.paper import Evidence, study
 from ...core.tokens import prompt_ids
 from ..circuits import (Mask, accuracy, circuit_logits, learn_mask, probability,
                                        prune, random_circuit)
-from ..patching import (Paths, Site, activations, all_heads, edited,
+from ..patching import (Paths, Site, activations, all_heads, check_alike, edited,
                                        mean_activations, put, run_logits)
 from ...lab.lookup import BOX_NAMES
 from ...lab.world import THINGS
 from ...trainers.fit import fit
 
 # %% auto #0
-__all__ = ['GROUPS', 'PROPERTIES', 'Boxes', 'box_prompts', 'path_scores', 'box_circuit', 'by_place', 'box_accuracy',
-           'circuit_accuracy', 'pruned', 'cmap_accuracy', 'counterfactual', 'property_mask', 'entity_circuits']
+__all__ = ['GROUPS', 'PROPERTIES', 'Boxes', 'box_prompts', 'box_rows', 'elsewhere', 'corrupted', 'path_scores', 'box_circuit',
+           'by_place', 'random_groups', 'box_accuracy', 'other_tokens', 'circuit_accuracy', 'pruned', 'cmap_accuracy',
+           'counterfactual', 'property_mask', 'entity_circuits']
 
 # %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0006ec7c
 @dataclass(frozen=True, eq=False)
@@ -47,9 +48,19 @@ def box_prompts(tok,
                 asked:Sequence[int]|None=None, # which thing each prompt asks for; None: drawn
                 absent:bool=False # ask about a box that is not there, as the corrupted prompts of path patching do
                ) -> Boxes:
-    "Draw prompts about boxes. Raises `ValueError` if there are not so many names"
+    """Draw prompts about boxes. Raises `ValueError` if there are not so many names, for a thing that is not there,
+    and for a tokenizer without a token for each word"""
     if not 2 <= boxes <= len(BOX_NAMES) - 2:
         raise ValueError(f'boxes is {boxes}; there must be from 2 to {len(BOX_NAMES) - 2}')
+    if asked is not None and not (len(asked) == n and all(0 <= int(k) < boxes for k in asked)):
+        raise ValueError(f'asked must have {n} numbers from 0 to {boxes - 1}, one for each prompt')
+    return _as_boxes(tok, _scenes(n, seed, boxes, moved, asked, absent))
+
+def box_rows(n:int, seed:int=0, boxes:int=7, moved:bool=True) -> list[dict]: # with prompt and response
+    "Draw the same questions with their answers, to learn from"
+    return [dict(prompt=s.prompt, response=s.things[s.asked]) for s in _scenes(n, seed, boxes, moved)]
+
+def _scenes(n, seed, boxes, moved, asked=None, absent=False):
     draw, scenes = random.Random(f'boxes {seed}'), []
     for i in range(n):
         names, things = draw.sample(BOX_NAMES, boxes + 2), draw.sample(THINGS, boxes)
@@ -57,7 +68,7 @@ def box_prompts(tok,
         k = k if asked is None else int(asked[i])
         scenes.append(_Scene(names[:boxes], things, k, names[-1] if moved else '',
                              names[-2] if absent else ''))
-    return _as_boxes(tok, scenes)
+    return scenes
 
 @dataclass(frozen=True)
 class _Scene:
@@ -82,6 +93,9 @@ class _Scene:
 def _as_boxes(tok, scenes) -> Boxes:
     "Turn scenes into prompts"
     token = tok.convert_tokens_to_ids
+    if lacking := [w for s in scenes for w in [*s.names, *s.things] if tok.convert_ids_to_tokens(token(w)) != w]:
+        raise ValueError(f'the tokenizer has no token {lacking[0]!r}; take one of the lab, in which every name and '
+                         'thing is one token')
     ids = [prompt_ids(dict(prompt=s.prompt, response=''), tok) for s in scenes]
     last = lambda row, name: max(i for i, t in enumerate(row) if t == token(name))
     query = [last(row, s.instead or s.final) for row, s in zip(ids, scenes)]
@@ -99,6 +113,17 @@ def _as_boxes(tok, scenes) -> Boxes:
 # group -> (where it is, which input of the group before it receives)
 GROUPS = dict(fetcher=('last', None), transmitter=('last', 'q'), detector=('query', 'v'),
               reader=('label', 'v'))
+
+def elsewhere(prompts:Boxes, seed:int|str) -> Tensor: # which thing, [rows]
+    "Draw another thing than the one that is asked for, for each prompt"
+    draw, boxes = random.Random(seed), prompts.things.shape[1]
+    return torch.tensor([(int(k) + draw.randrange(1, boxes)) % boxes for k in prompts.asked])
+
+def corrupted(prompts:Boxes, tok, seed:int=0, moved:bool=True) -> Boxes:
+    """Make the other prompts of path patching: other boxes and things, another thing moved, and a question about a
+    box that is not there. So no token of the three says where this prompt's answer is"""
+    rows, boxes = prompts.things.shape
+    return box_prompts(tok, rows, seed, boxes, moved, elsewhere(prompts, f'corrupted {seed}').tolist(), True)
 
 def path_scores(paths:Paths, prompts:Boxes, source:Boxes, receivers:Sequence[Site], place:str
                ) -> dict[Site, float]: # of each head that comes before a receiver
@@ -119,7 +144,7 @@ def box_circuit(model:nn.Module, tok,
                ) -> dict[str, tuple[Site, ...]]: # {group: heads}
     "Find the four groups of heads by path patching"
     prompts = box_prompts(tok, n, seed, boxes, moved)
-    source = box_prompts(tok, n, seed + 1, boxes, moved, prompts.asked, absent=True)
+    source = corrupted(prompts, tok, seed + 1, moved)
     with evaluating(model):
         paths = Paths(model, prompts.batch, source.batch, through_mlps=True)
     found, receivers = {}, []
@@ -134,12 +159,20 @@ def box_circuit(model:nn.Module, tok,
     return found
 
 def by_place(groups:Mapping[str, Sequence[Site]]) -> dict[str, tuple[Site, ...]]:
-    "Put the groups of one place together: {last, query, label: heads}"
+    "Put the groups of one place together: {last, query, label: heads}. Raises `ValueError` for another group"
+    if odd := set(groups) - set(GROUPS):
+        raise ValueError(f'{sorted(odd)[0]!r} is no group; there are {", ".join(GROUPS)}')
     out = {}
     for g, sites in groups.items():
         place = GROUPS[g][0]
         out[place] = out.get(place, ()) + tuple(sites)
     return out
+
+def random_groups(model:nn.Module, like:Mapping[str, Sequence[Site]], seed:int=0) -> dict[str, tuple[Site, ...]]:
+    "Draw as many different heads at each place, which stand under the place's first group"
+    drawn = random_circuit(model, by_place(like), seed)
+    first = {place: g for g, (place, _) in reversed(GROUPS.items())}
+    return {first[place]: sites for place, sites in drawn.items()}
 
 # %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0010ec7c
 def box_accuracy(model:nn.Module, prompts:Boxes) -> float:
@@ -147,28 +180,40 @@ def box_accuracy(model:nn.Module, prompts:Boxes) -> float:
     with torch.no_grad(), evaluating(model):
         return accuracy(prompts.labels)(run_logits(model, prompts.batch))
 
+def other_tokens(prompts:Boxes) -> Tensor: # [rows, tokens - 3]
+    "Return the positions of all tokens but the three"
+    rows, tokens = prompts.batch['input_ids'].shape
+    free = torch.ones(rows, tokens, dtype=torch.bool).scatter(1, torch.cat([*prompts.at.values()], 1), False)
+    return torch.arange(tokens).expand(rows, -1)[free].view(rows, -1)
+
 def circuit_accuracy(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequence[Site]],
                      means:Mapping[Site, Tensor], # from `mean_activations`
-                     score:Callable=accuracy      # or `probability`
+                     score:Callable=accuracy,     # or `probability`
+                     rest:bool=True               # do all heads work at the other tokens?
                     ) -> float:
-    "Score the circuit alone, in any model of the same architecture"
-    logits = circuit_logits(model, prompts.batch, by_place(groups), means, prompts.at)
-    return score(prompts.labels)(logits)
+    "Score the circuit with the means of all other heads at the three tokens, in any model of the same architecture"
+    circuit, at = by_place(groups), prompts.at
+    if rest:
+        circuit, at = circuit | dict(rest=all_heads(model)), at | dict(rest=other_tokens(prompts))
+    return score(prompts.labels)(circuit_logits(model, prompts.batch, circuit, means, at))
 
 def pruned(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequence[Site]], means:Mapping[Site, Tensor],
            threshold:float=.01) -> dict[str, tuple[Site, ...]]:
-    "Keep the heads that the circuit needs (`prune`, on the answer's probability), one group after the other"
-    kept = dict(groups)
-    for g, sites in groups.items():
-        score = lambda heads: circuit_accuracy(model, prompts, kept | {g: sorted(heads)}, means,
+    "Keep the heads that the circuit needs (`prune`, on the answer's probability); each group beside the others whole"
+    def needed(g, sites):
+        score = lambda heads: circuit_accuracy(model, prompts, groups | {g: sorted(heads)}, means,
                                                probability)
-        kept[g] = prune(score, sites, threshold=threshold) if sites else ()
-    return kept
+        return prune(score, sites, threshold=threshold) if sites else ()
+
+    groups = dict(groups)
+    return {g: needed(g, sites) for g, sites in groups.items()}
 
 @torch.no_grad()
 def cmap_accuracy(base:nn.Module, tuned:nn.Module, prompts:Boxes,
                   groups:Mapping[str, Sequence[Site]]) -> float:
-    "Score the base with the circuit's head outputs, at their places, from the tuned model"
+    """Score the base with the circuit's head outputs, at their places, from the tuned model. Raises `ValueError` for
+    models of different architecture"""
+    check_alike(base, tuned)
     places = by_place(groups)
     values = activations(tuned, prompts.batch, {s for sites in places.values() for s in sites})
 
@@ -193,10 +238,10 @@ def counterfactual(prompts:Boxes, tok, prop:str, seed:int, moved:bool=True
         raise ValueError(f'{prop!r} is no property of a box; they are {", ".join(PROPERTIES)}')
     rows, boxes = prompts.things.shape
     draw = random.Random(f'{prop} {seed}')
-    other = torch.tensor([(int(k) + draw.randrange(1, boxes)) % boxes for k in prompts.asked])
+    other = elsewhere(prompts, f'{prop} {seed} which')
     here = prompts.things[torch.arange(rows), other]
     if prop != 'label':
-        source = box_prompts(tok, rows, seed + 7, boxes, moved, other)
+        source = box_prompts(tok, rows, seed + 7, boxes, moved, other.tolist())
         return source, here if prop == 'position' else source.labels
     # the asked box is one of this prompt's, at a place of its own among other boxes
     words = lambda ids: tok.convert_ids_to_tokens(ids.tolist())
@@ -230,8 +275,8 @@ def property_mask(model:nn.Module, tok, heads:Sequence[Site], place:str, prop:st
 def entity_circuits(seed:int=0,
                     base:str='lab-l', revision:str|None='step-2214', # as in `ftlab.load`
                     boxes:int=7,                 # in each prompt
-                    steps:int=100, rate:float=1e-3, # of full fine-tuning on `task`
-                    task:str='track-unnamed',    # as in `ftlab.data`
+                    steps:int=100, rate:float=1e-3, # of full fine-tuning
+                    task:str|None=None,          # as in `ftlab.data`; None: other questions of the same form
                     prompts:int=200,             # for each measurement; a sixth of them for each run of path patching
                     sizes:Sequence[int]=(8, 4, 6, 4), # as in `box_circuit`
                     controls:int=5,              # random circuits
@@ -239,13 +284,13 @@ def entity_circuits(seed:int=0,
                    ) -> Evidence:                # '<base, tuned, random, cmap...>.<metric>'
     "Compare the circuit of a base model with what it is in a fine-tuned copy. Raises as `load` and `data` do"
     model, tok = load(base, revision=revision)
-    rows = data(task, seed=seed, n=1000)
+    rows = data(task, seed=seed, n=1000) if task else data(box_rows(1600, 1000*seed + 8, boxes))
     tuned = fit(copy.deepcopy(model), tok, rows, steps=steps, batch_size=16, lr=rate, seed=seed,
                 progress=False).model
     groups = box_circuit(model, tok, max(4, prompts//6), 1000*seed + 1, boxes, sizes=sizes)
     test = box_prompts(tok, prompts, 1000*seed + 3, boxes)
-    means = {m: mean_activations(m, [box_prompts(tok, prompts, 1000*seed + 5, boxes).batch],
-                                 all_heads(m)) for m in (model, tuned)}
+    others = box_prompts(tok, prompts, 1000*seed + 5, boxes, absent=True).batch # as the official code's
+    means = {m: mean_activations(m, [others], all_heads(m)) for m in (model, tuned)}
     choose = box_prompts(tok, max(4, prompts//4), 1000*seed + 4, boxes)
     groups = pruned(model, choose, groups, means[model])
     values = _compared(model, tuned, test, groups, means)
@@ -270,6 +315,10 @@ def _compared(model, tuned, test, groups, means) -> dict[str, float]:
     out['circuit.cmap'] = cmap_accuracy(model, tuned, test, groups)
     for g, sites in groups.items():
         out[f'{g}.cmap'] = cmap_accuracy(model, tuned, test, {g: sites})
+    every = dict.fromkeys(('fetcher', 'detector', 'reader'), all_heads(model)) # the most that these places can do
+    out['all.cmap'] = cmap_accuracy(model, tuned, test, every)
+    out['none.circuit'] = circuit_accuracy(tuned, test, {}, means[tuned])
+    out['alone.circuit'] = circuit_accuracy(tuned, test, every, means[tuned], rest=False)
     return out
 
 def _ratio(out, name) -> float:
@@ -277,7 +326,7 @@ def _ratio(out, name) -> float:
 
 def _controlled(model, tuned, test, groups, means, controls, seed) -> dict[str, float]:
     "Average the tuned model's faithfulness and CMAP over random circuits"
-    drawn = [random_circuit(model, groups, 100*seed + i) for i in range(controls)]
+    drawn = [random_groups(model, groups, 100*seed + i) for i in range(controls)]
     out = {'tuned.accuracy': box_accuracy(tuned, test)}
     alone = fmean(circuit_accuracy(tuned, test, c, means[tuned]) for c in drawn)
     return {'random.circuit': alone, 'random.faithfulness': alone/max(out['tuned.accuracy'], 1e-9),
