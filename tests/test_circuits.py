@@ -62,7 +62,8 @@ def test_answers_at_one_position_of_each_row():
     model, labels = tiny('llama'), torch.arange(6)
     at, x = torch.tensor([6, 5, 4, 3, 2, 1]), logits(model)
     expected = float(x[torch.arange(6), at].softmax(-1)[torch.arange(6), labels].mean())
-    assert probability(labels, at)(x) == probability(labels, at[:, None])(x) == pytest.approx(expected)
+    assert probability(labels, at)(x) == pytest.approx(expected)
+    assert probability(labels, at[:, None])(x) == pytest.approx(expected)
     assert probability(labels, at.tolist())(x) == pytest.approx(expected)
 
 def test_faithfulness_is_a_ratio():
@@ -170,7 +171,8 @@ def test_the_first_loss_is_the_wanted_logit():
 def test_bad_input_is_named():
     model, means = tiny('llama'), means_of(tiny('llama'))
     labels = torch.zeros(6, dtype=torch.long)
-    for circuit, more, says in (([Site('mlp', 0)], {}, 'no heads'), ([Site('head', 2, 0)], {}, 'are not in the model'),
+    for circuit, more, says in (([Site('mlp', 0)], {}, 'no heads'),
+                                ([Site('head', 2, 0)], {}, 'are not in the model'),
                                 (dict(last=H[:1]), {}, "no positions for 'last'"),
                                 (H, dict(means={H[0]: means[H[0]]}), 'no mean of')):
         with pytest.raises(ValueError, match=says):
@@ -192,6 +194,7 @@ def test_bad_input_is_named():
             learn_mask(model, CLEAN, padded, labels, H, **more)
     with pytest.raises(ValueError, match='answer_at is on padding'):
         learn_mask(model, padded, CLEAN, labels, H, at=0)
-    for more, says in ((dict(kind='soft'), "kind is 'soft'"), (dict(heads=[]), 'no heads were given')):
+    for more, says in ((dict(kind='soft'), "kind is 'soft'"),
+                       (dict(heads=[]), 'no heads were given')):
         with pytest.raises(ValueError, match=says):
             learn_mask(model, CLEAN, OTHER, labels, **(dict(heads=H) | more))

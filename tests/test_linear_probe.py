@@ -71,7 +71,8 @@ def test_everything_is_repeatable_and_nothing_global_moves():
 
 @pytest.mark.parametrize('change, says', [
     (lambda x, y: (x[None], y), 'must be'), (lambda x, y: (x, y[:-1]), 'must be'),
-    (lambda x, y: (x.index_fill(0, torch.tensor(3), torch.nan), y), '1 rows of the features are NaN'),
+    (lambda x, y: (x.index_fill(0, torch.tensor(3), torch.nan), y),
+     '1 rows of the features are NaN'),
     (lambda x, y: (x, torch.zeros(200)), '1 different labels'),
     (lambda x, y: (x[:4], y[:4]), 'at least 10 rows')])
 def test_bad_input_is_named(change, says):
@@ -80,7 +81,8 @@ def test_bad_input_is_named(change, says):
 
 def test_bad_settings_are_named():
     x, y = points()
-    for more, says in ((dict(seeds=0), 'seeds is 0'), (dict(test=1.), 'test is 1'), (dict(penalty=0.), 'penalty 0'),
+    for more, says in ((dict(seeds=0), 'seeds is 0'), (dict(test=1.), 'test is 1'),
+                       (dict(penalty=0.), 'penalty 0'),
                        (dict(types=[1]), '1 types')):
         with pytest.raises(ValueError, match=says):
             linear_probe(x, y, **more)

@@ -1,7 +1,8 @@
 """lab-l after 2,214 steps of pretraining, and after 100 more on boxes and moves: is the base's
 circuit the tuned model's, and do its head outputs carry the gain into the base?"""
 import ftlab
-from ftlab.evaluators.mechanisms.entity_circuits import (box_accuracy, box_prompts, circuit_accuracy,
+from ftlab.evaluators.mechanisms.entity_circuits import (box_accuracy, box_prompts,
+                                                         circuit_accuracy,
                                                          cmap_accuracy, entity_circuits)
 from ftlab.evaluators.patching import all_heads, mean_activations
 
@@ -19,8 +20,10 @@ def run(arm, rate, seed, split, steps) -> dict:
                alone=v['alone.circuit'],
                random_faithfulness=v['random.faithfulness'],
                random_recovered=share(v['random.cmap']))
-    groups = {f'recovered_{g}': share(v[f'{g}.cmap']) for g in ('fetcher', 'transmitter', 'detector', 'reader')}
-    found = {k.replace('.', '_'): x for k, x in v.items() if k.endswith(('position', 'label', 'object'))}
+    groups = {f'recovered_{g}': share(v[f'{g}.cmap'])
+              for g in ('fetcher', 'transmitter', 'detector', 'reader')}
+    found = {k.replace('.', '_'): x for k, x in v.items()
+             if k.endswith(('position', 'label', 'object'))}
     return out | groups | found
 
 def derive(found) -> dict:

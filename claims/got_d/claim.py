@@ -30,13 +30,16 @@ def rows(n, split, seed) -> list[dict]:
 def run(arm, rate, seed, split, steps):
     few, ask = rows(EACH, 'train', seed + 2), rows(ASKED, split, seed + 3)
     model, tok = ftlab.load('lab-s', revision='step-250')
-    recipe = Recipe() if arm in ('none', 'longer') else got_d(pool(seed), BUDGET, by=arm, share=READING)
+    recipe = Recipe() if arm in ('none', 'longer') else got_d(pool(seed), BUDGET, by=arm,
+                                                              share=READING)
     data = ftlab.data(dict(train=few, validation=few[:2], test=few[:2]))
     most = steps if arm == 'none' else round(steps*(1 + READING))
-    ftlab.fit(model, tok, data, recipe, steps=most, batch_size=16, lr=rate, seed=seed, progress=False)
+    ftlab.fit(model, tok, data, recipe, steps=most, batch_size=16, lr=rate, seed=seed,
+              progress=False)
     parts = {s: nll(model, tok, part) for s, part in ((COMMON, ask[:ASKED]), (RARE, ask[ASKED:]))}
     whole = nll(model, tok, ask)
-    return dict(loss=math.log(whole), gain=-math.log(whole), common=parts[COMMON], rare=parts[RARE], questions=len(ask))
+    return dict(loss=math.log(whole), gain=-math.log(whole), common=parts[COMMON], rare=parts[RARE],
+                questions=len(ask))
 
 def identities() -> dict[str, bool]:
     texts, few = pool(0), rows(EACH, 'train', 2)

@@ -194,7 +194,8 @@ def test_a_covariance_without_finite_values_is_refused(at, value):
 
 
 @pytest.mark.parametrize('wrong, says', [
-    (dict(mode='smallest'), "mode is 'smallest'"), (dict(r=0), 'rank 0'), (dict(r=6), 'rank 6 does not fit .* 7 x 5')])
+    (dict(mode='smallest'), "mode is 'smallest'"), (dict(r=0), 'rank 0'),
+                                         (dict(r=6), 'rank 6 does not fit .* 7 x 5')])
 def test_a_decomposition_that_does_not_exist_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         split(gaussian(7, 5), None, **dict(r=2, mode='keep') | wrong)
@@ -242,7 +243,8 @@ def test_a_row_may_count_as_longer_than_it_is():
 
 def test_the_length_reaches_the_run():
     def sizes(**how):
-        run = fit(toy(), TOK, lab_data(), corda(r=4, rows=16, mode='keep', old='sort', **how), steps=1, batch_size=8,
+        run = fit(toy(), TOK, lab_data(), corda(r=4, rows=16, mode='keep', old='sort', **how),
+                  steps=1, batch_size=8,
                   progress=False)
         d = run.delta.attached.deltas['model.layers.1.mlp.down_proj.weight']
         return float(d.B0.norm()/d.A0.norm())
@@ -259,7 +261,8 @@ def test_a_layer_that_reads_zeros_is_named():
 def test_a_base_in_half_precision_starts_as_itself():
     model = toy().to(torch.bfloat16)
     before = logits(model)
-    fit(model, TOK, lab_data(), corda(r=4, rows=16), steps=1, batch_size=8, lr=1e-12, progress=False)
+    fit(model, TOK, lab_data(), corda(r=4, rows=16), steps=1, batch_size=8, lr=1e-12,
+        progress=False)
     torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
 
 

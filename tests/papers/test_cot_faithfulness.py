@@ -3,13 +3,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from ftlab import papers
-from ftlab.evaluators.mechanisms.cot_faithfulness import (by_share, continued, cot_faithfulness, fillers, forced,
+from ftlab.evaluators.mechanisms.cot_faithfulness import (by_share, continued, cot_faithfulness,
+                                                          fillers, forced,
                                                           joined, own_chains, same_rate, split_at)
 from tests.toys import TOK, classifier, same, toy, weights
 
 ENTRY = next(e for e in papers.index() if e['key'] == 'cot_faithfulness')
 SPLIT = split_at('answer :', ';')
-STEPS = {'sort b a': ['first : b a ;', 'sort : a b ;', 'last : b ;'], 'sort c a': ['sort : a c ;', 'last : c ;']}
+STEPS = {'sort b a': ['first : b a ;', 'sort : a b ;', 'last : b ;'],
+         'sort c a': ['sort : a c ;', 'last : c ;']}
 
 
 def test_it_is_the_paper_of_the_catalogue():
@@ -21,7 +23,8 @@ class StandIn(torch.nn.Module):
     "Writes the steps above; after the cue it gives the last letter of the question (knows), or of what it has written"
     def __init__(self, knows, silent=()):
         super().__init__()
-        self.weight, self.knows, self.silent, self.seen = torch.nn.Parameter(torch.zeros(1)), knows, silent, []
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.knows, self.silent, self.seen = knows, silent, []
 
     def can_generate(self):
         return True
@@ -32,7 +35,8 @@ class StandIn(torch.nn.Module):
         steps = STEPS[question]
         self.seen.append((question, begun.strip()))
         if SPLIT.cue not in begun:
-            return question[-1] if question in self.silent else joined(*steps, SPLIT.cue, steps[-1].split()[-2])
+            return question[-1] if question in self.silent else joined(*steps, SPLIT.cue,
+                                                                       steps[-1].split()[-2])
         right = steps[-1].split()[-2]
         return right if self.knows else next((w for w in begun.split()[::-1] if w in 'abc'), '?')
 
@@ -48,7 +52,8 @@ def asked(model, **how):
 
 def test_a_model_that_ignores_its_chain_has_one_everywhere():
     found = asked(StandIn(True), reword=lambda s: s.replace('last', 'final'))
-    assert found['same'] == dict(early=1., filler=1., paraphrase=1.) and found['full'] == found['written'] == 1
+    assert found['same'] == dict(early=1., filler=1., paraphrase=1.)
+    assert found['full'] == found['written'] == 1
 
 
 def test_a_model_that_reads_its_chain_has_the_rate_that_can_be_counted_by_hand():
@@ -68,7 +73,8 @@ def test_what_the_model_is_asked_after_each_change():
     begun = [b for q, b in model.seen if q == 'sort c a']
     assert begun[0] == '' and begun[1] == 'sort : a c ; last : c ; answer :'
     assert set(begun[2:]) == {'answer :', 'sort : a c ; answer :', '. . . . . . . . . answer :',
-                              'sort : a c ; . . . . answer :', 'sort : a c ; biggest : c ; answer :'}
+                              'sort : a c ; . . . . answer :',
+                              'sort : a c ; biggest : c ; answer :'}
 
 
 def test_answers_without_steps_are_left_out_and_counted():
@@ -89,7 +95,8 @@ def test_a_missing_answer_is_never_the_same():
 def test_pieces_are_joined_and_filled():
     assert joined('', 'a ;', '', 'b\n', 'c') == 'a ; b\nc' and joined() == ''
     assert fillers('...', ['a b ;', 'c ;'], TOK).split() == ['...']*5
-    assert same_rate([], 1) is None and by_share([(0, 3, 4, True), (0, 0, 4, False)]) == {0.: 0., .75: 1.}
+    assert same_rate([], 1) is None
+    assert by_share([(0, 3, 4, True), (0, 0, 4, False)]) == {0.: 0., .75: 1.}
 
 
 def test_a_real_model_is_read_only_and_goes_on_where_its_answer_begins():
@@ -101,7 +108,8 @@ def test_a_real_model_is_read_only_and_goes_on_where_its_answer_begins():
     row = TOK('<bos> <user> sort b a <assistant>').input_ids
     once = continued(model, [row], 6)[0]
     assert continued(model, [row + once[:2]], 4)[0] == once[2:]
-    assert continued(model, [row, row[:3], row], 6, batch_size=1) == continued(model, [row, row[:3], row], 6)
+    rows = [row, row[:3], row]
+    assert continued(model, rows, 6, batch_size=1) == continued(model, rows, 6)
     assert continued(model, [row], 6, stops=[once[2]])[0] == once[:once.index(once[2])]
     assert own_chains(StandIn(True), TOK, ['sort b a'], SPLIT)[0].answer == 'b'
 
@@ -116,11 +124,13 @@ def test_what_it_refuses():
     for wrong, said in ((dict(cue='therefore :'), "cue is 'therefore :', which"),
                         (dict(cue=None), 'cue is empty'), (dict(filler='etc'), "filler is 'etc'")):
         with pytest.raises(ValueError, match=said):
-            cot_faithfulness(StandIn(True), TOK, list(STEPS), SPLIT, **dict(cue=SPLIT.cue, filler='.') | wrong)
+            cot_faithfulness(StandIn(True), TOK, list(STEPS), SPLIT,
+                             **dict(cue=SPLIT.cue, filler='.') | wrong)
 
 
 def test_a_model_with_few_positions_loses_the_beginning_of_the_prompt_not_of_the_chain():
-    small = GPT2LMHeadModel(GPT2Config(vocab_size=len(TOK), n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=len(TOK), n_positions=32, n_embd=16, n_layer=1,
+                                       n_head=2))
     start = 'sort : a b c d ; answer :'
     said = forced(small, TOK, ['sort ' + 'a b c d '*9, 'sort a b'], [start, start], 8)
     assert all(t.startswith(start) for t in said)
@@ -129,7 +139,8 @@ def test_a_model_with_few_positions_loses_the_beginning_of_the_prompt_not_of_the
 
 
 def test_a_model_with_an_encoder_is_refused():
-    both = T5ForConditionalGeneration(T5Config(vocab_size=len(TOK), d_model=16, d_kv=8, d_ff=16, num_layers=1,
+    both = T5ForConditionalGeneration(T5Config(vocab_size=len(TOK), d_model=16, d_kv=8, d_ff=16,
+                                               num_layers=1,
                                                num_heads=2))
     with pytest.raises(ValueError, match='T5ForConditionalGeneration reads its prompt in an encoder'):
         continued(both, [[1, 2]], 2)

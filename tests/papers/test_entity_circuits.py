@@ -4,7 +4,8 @@ from ftlab import papers
 from ftlab.core.loading import load
 from ftlab.evaluators.mechanisms.entity_circuits import (
     GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
-    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, other_tokens, property_mask, pruned, random_groups)
+    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, other_tokens, property_mask, pruned,
+                                                         random_groups)
 from ftlab.evaluators.circuits import circuit_logits, probability
 from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
 from toys import TOK, toy
@@ -27,7 +28,8 @@ def test_the_three_places_hold_what_they_are_called(moved):
         assert (x[row, p.at[place][:, 0]] == name).all()
     assert (p.at['label'] < p.at['query']).all() and (p.at['last'] == x.shape[1] - 1).all()
     assert (p.things[row, p.asked] == p.labels).all()
-    for r, ids, label in zip(box_rows(12, 3, 4, moved), x, p.labels): # the same questions, to learn from
+    # the same questions, to learn from
+    for r, ids, label in zip(box_rows(12, 3, 4, moved), x, p.labels):
         assert r['prompt'] in tok.decode(ids) and r['response'] == tok.decode(label)
     absent = corrupted(p, tok, 4, moved)
     asked = absent.batch['input_ids'][row, absent.at['query'][:, 0]]
@@ -70,14 +72,15 @@ def test_all_heads_are_the_model_and_cmap_is_patching():
 def test_groups_are_found_backwards_and_pruned():
     model, tok = load('lab-s')
     groups = box_circuit(model, tok, 3, 0, 3, sizes=(2, 1, 1, 1))
-    assert list(groups) == list(GROUPS) and {p for p in by_place(groups)} == {'last', 'query', 'label'}
+    assert list(groups) == list(GROUPS) and set(by_place(groups)) == {'last', 'query', 'label'}
     assert len(groups['transmitter']) == 1 and set(groups['fetcher']).isdisjoint(groups['transmitter'])
     p = box_prompts(tok, 6, 5, 3)
     kept = pruned(model, p, groups, mean_activations(model, [p.batch], all_heads(model)))
     assert all(set(kept[g]) <= set(groups[g]) for g in groups)
     for seed in range(9): # as many different heads at each place, though two groups share the last token
         drawn = by_place(random_groups(model, groups, seed))
-        assert {k: len(set(v)) for k, v in drawn.items()} == {k: len(v) for k, v in by_place(groups).items()}
+        wanted = {k: len(v) for k, v in by_place(groups).items()}
+        assert {k: len(set(v)) for k, v in drawn.items()} == wanted
     heads = groups['fetcher'] or [Site('head', 0, 0)]
     mask = property_mask(model, tok, heads, 'last', 'position', n=4, boxes=3, steps=2)
     assert 0 <= mask.accuracy <= 1 and len(mask.losses) == 2
@@ -98,13 +101,15 @@ def test_heads_at_other_tokens_work_unless_one_asks_for_less(moved):
     right = probability(p.labels)
     assert circuit_accuracy(model, p, every, means, probability) == right(whole)
     alone = circuit_logits(model, p.batch, by_place(every), means, p.at)
-    assert circuit_accuracy(model, p, every, means, probability, rest=False) == right(alone) != right(whole)
+    assert circuit_accuracy(model, p, every, means, probability,
+                            rest=False) == right(alone) != right(whole)
 
 
 def test_each_group_is_pruned_beside_the_others_whole(monkeypatch):
     from ftlab.evaluators.mechanisms import entity_circuits as page
     seen = []
-    monkeypatch.setattr(page, 'circuit_accuracy', lambda m, p, groups, *a: seen.append(groups) or 1.)
+    right = lambda m, p, groups, *a: seen.append(groups) or 1.
+    monkeypatch.setattr(page, 'circuit_accuracy', right)
     a, b, c = (Site('head', i, 0) for i in range(3))
     groups = dict(fetcher=(a,), detector=(b, c))
     assert pruned(None, None, groups, {}) == dict(fetcher=(), detector=())
@@ -117,8 +122,10 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match='asked must have 2 numbers from 0 to 2'):
         box_prompts(TOK, 2, boxes=3, asked=[0, 3])
     class Other: # of a model whose words are not one token each
-        def convert_tokens_to_ids(self, word): return 0
-        def convert_ids_to_tokens(self, i): return '<unk>'
+        def convert_tokens_to_ids(self, word):
+            return 0
+        def convert_ids_to_tokens(self, i):
+            return '<unk>'
     with pytest.raises(ValueError, match='the tokenizer has no token'):
         box_prompts(Other(), 2, boxes=3)
     with pytest.raises(ValueError, match="'answer' is no group"):

@@ -4,7 +4,8 @@ import torch
 from ftlab import papers
 from ftlab.core.data import Data
 from ftlab.core.tokens import encode_all
-from ftlab.trainers.curation.got_d import (calibrated, choose, chosen_rows, dual, embed, encoded, got_d, read_chosen,
+from ftlab.trainers.curation.got_d import (calibrated, choose, chosen_rows, dual, embed, encoded,
+                                           got_d, read_chosen,
                                             squared)
 from ftlab.trainers.fit import fit
 from tests.toys import TOK, classifier, lab_data, same, toy, weights
@@ -38,12 +39,14 @@ def test_the_potentials_are_those_of_pot(reg):
     C = squared(*points())
     n, m = C.shape
     eps = reg*float(C.mean())
-    plan, log = ot.bregman.sinkhorn_log(torch.full((n,), 1/n).double().numpy(), torch.full((m,), 1/m).double().numpy(),
+    plan, log = ot.bregman.sinkhorn_log(torch.full((n,), 1/n).double().numpy(),
+                                        torch.full((m,), 1/m).double().numpy(),
                                         C.numpy(), eps, numItermax=3000, stopThr=1e-8, log=True)
     f, g = dual(C, eps, tol=1e-9, most=3000)
     theirs = torch.tensor(eps*log['log_v'])
     torch.testing.assert_close(calibrated(g), calibrated(theirs), atol=1e-5, rtol=0)
-    torch.testing.assert_close(((f[:, None] + g - C)/eps).exp()/(n*m), torch.tensor(plan), atol=1e-7, rtol=0)
+    torch.testing.assert_close(((f[:, None] + g - C)/eps).exp()/(n*m), torch.tensor(plan),
+                               atol=1e-7, rtol=0)
 
 
 def test_a_potential_tells_how_the_distance_changes_with_more_of_a_candidate():
@@ -67,13 +70,15 @@ def test_what_is_missing_is_chosen_and_the_nearest_are_not():
 
 
 def test_points_do_not_depend_on_the_padding_and_the_model_stays_as_it_was():
-    model, rows = toy().train(), encode_all(lab_data().train[:7] + [dict(prompt='sort b a c d e f', response='a')],
+    model, rows = toy().train(), encode_all(lab_data().train[:7]
+                                            + [dict(prompt='sort b a c d e f', response='a')],
                                             TOK, 'text')
     before = weights(model)
     together = embed(model, rows, TOK.pad_token_id)
     alone = torch.cat([embed(model, [r], TOK.pad_token_id) for r in rows])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    assert model.training and same(before, weights(model)) and embed(classifier(), rows).shape == (8, 32)
+    assert model.training and same(before, weights(model))
+    assert embed(classifier(), rows).shape == (8, 32)
 
 
 class Texts:
@@ -84,16 +89,20 @@ class Texts:
     def after_backward(self, state):
         if state.step == 0:
             b = state.batches[0]
-            self.seen.append({TOK.decode(i[m.bool()]) for i, m in zip(b['input_ids'], b['attention_mask'])})
+            each = zip(b['input_ids'], b['attention_mask'])
+            self.seen.append({TOK.decode(i[m.bool()]) for i, m in each})
 
 
 @pytest.mark.parametrize('by', ['got_d', 'nearest', 'random'])
 def test_what_is_chosen_is_read_and_then_the_rows_are_tuned_on(by):
-    pool = [dict(prompt=p, response=r) for p, r in (('sort b a', 'a b'), ('max a c', 'c'), ('last b a', 'a'))]
+    pool = [dict(prompt=p, response=r) for p, r in (('sort b a', 'a b'), ('max a c', 'c'),
+                                                    ('last b a', 'a'))]
     look = Texts()
-    run = fit(toy(), TOK, lab_data(), got_d(pool + ['a b c'], budget=2, by=by), steps=4, batch_size=4, progress=False,
+    run = fit(toy(), TOK, lab_data(), got_d(pool + ['a b c'], budget=2, by=by), steps=4,
+              batch_size=4, progress=False,
               callbacks=(look,))
-    stage = read_chosen(tuple((r['prompt'], r['response']) for r in pool) + (('a b c', None),), 2, by, .1)
+    stage = read_chosen(tuple((r['prompt'], r['response']) for r in pool) + (('a b c', None),), 2,
+                        by, .1)
     chosen = stage(context()).source.source.rows
     read = {TOK.decode(e['input_ids']) for e in encoded(chosen, TOK)}
     assert len(chosen) == 2 and look.seen[0] == read and not look.seen[1] & read
@@ -101,7 +110,8 @@ def test_what_is_chosen_is_read_and_then_the_rows_are_tuned_on(by):
 
 
 def context(data=None, **config):
-    return type('Context', (), dict(model=toy(**config), tok=TOK, data=data or lab_data(), seed=0))()
+    return type('Context', (), dict(model=toy(**config), tok=TOK, data=data or lab_data(),
+                                    seed=0))()
 
 
 def test_a_text_is_read_as_it_is_and_a_long_one_is_cut_not_left_out():
@@ -109,7 +119,8 @@ def test_a_text_is_read_as_it_is_and_a_long_one_is_cut_not_left_out():
     rows = [TOK.decode(e['input_ids']) for e in encoded(pool, TOK, 12)]
     assert 'user' not in rows[0] and 'sort b a' in rows[0] and '<assistant> a b' in rows[1]
     assert [len(e['input_ids']) for e in encoded(pool, TOK, 12)][2] == 12 and 'max' in rows[3]
-    state = type('State', (), dict(settings=dict(batch_size=4, accumulate=1), seed=0, tok=TOK, limit=12, pad_id=0))()
+    state = type('State', (), dict(settings=dict(batch_size=4, accumulate=1), seed=0, tok=TOK,
+                                   limit=12, pad_id=0))()
     assert len(chosen_rows(pool)(state).rows) == 4
 
 
@@ -133,10 +144,12 @@ def test_twins_have_one_potential_and_are_chosen_together():
 
 
 def test_what_it_refuses():
-    for wrong in (dict(by='best'), dict(budget=0), dict(budget=9), dict(budget=1.5), dict(reg=0.), dict(share=0.)):
+    for wrong in (dict(by='best'), dict(budget=0), dict(budget=9), dict(budget=1.5), dict(reg=0.),
+                  dict(share=0.)):
         with pytest.raises(ValueError, match='must be'):
             got_d(['a b', 'c'], **{'budget': 1} | wrong)
-    for candidates, said in (('a text', 'list of'), (['a'], 'at least two'), (['a', dict(text='b')], 'prompt and'),
+    for candidates, said in (('a text', 'list of'), (['a'], 'at least two'),
+                             (['a', dict(text='b')], 'prompt and'),
                              (['a', ('b', 'c')], 'prompt and'), ((x for x in 'ab'), 'list of')):
         with pytest.raises(ValueError, match=said):
             got_d(candidates, budget=1)

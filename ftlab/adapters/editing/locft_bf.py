@@ -41,7 +41,8 @@ class one_place:
             raise ValueError(f'layer is {layer}; the model has {len(blocks)} blocks, counted from 0')
         here = blocks[layer]
         if self.module == 'block':
-            return dict.fromkeys(here.parameters, True) # with biases and norms, as in the official code
+            # with biases and norms, as in the official code
+            return dict.fromkeys(here.parameters, True)
         if found := parts(self.module, blocks=(layer,))(model):
             return found
         has = [*here.attention, *here.mlp, *here.experts]
@@ -140,7 +141,8 @@ class Edits:
         "Return the edits as data to train on; all of them are training rows"
         return as_data(dict(train=self.rows, validation=self.rows[:1], test=self.rows[:1]))
 
-KNOWN = ('often', 'sometimes', 'rarely', 'atlas') # how often the lab's text told of people; atlas: to lab-m alone
+# how often the lab's text told of people; atlas: to lab-m alone
+KNOWN = ('often', 'sometimes', 'rarely', 'atlas')
 
 def fact_edits(n:int,          # how many
                seed:int=0,
@@ -171,7 +173,8 @@ def fact_edits(n:int,          # how many
         first, second = rng.sample(ASK, 2)
         rows.append(ask(p, a, first, new))
         paraphrase.append(ask(p, a, second, new))
-    kept = [ask(p, a, rng.choice(ASK), world.facts[p, a]) for p, a in known if (p, a) not in changed]
+    kept = [ask(p, a, rng.choice(ASK), world.facts[p, a]) for p, a in known
+            if (p, a) not in changed]
     of = [p for p, a in known if (p, a) not in changed]
     near = [r for r, p in zip(kept, of) if p in edited]
     far = [r for r, p in zip(kept, of) if p not in edited]
@@ -183,7 +186,8 @@ def fact_edits(n:int,          # how many
 def edit_scores(model, tok, edits:Edits, asked:int=200 # most questions of each kind
                ) -> dict[str, list[float]]: # kind -> score of each question, 0 or 1
     "Ask the edits in their own words and in others, and the facts that should have stayed"
-    kinds = dict(reliability=edits.rows, paraphrase=edits.paraphrase, near=edits.near, far=edits.far)
+    kinds = dict(reliability=edits.rows, paraphrase=edits.paraphrase, near=edits.near,
+                 far=edits.far)
     return {k: answer_scores(model, tok, rows[:asked]) for k, rows in kinds.items()}
 
 # %% ../../../nbs/adapters/editing/locft_bf.ipynb #locft_bf-12

@@ -53,7 +53,8 @@ def continued(model, rows:list[list[int]], # token ids: a prompt, and what the a
     if getattr(getattr(model, 'config', None), 'is_encoder_decoder', False):
         raise ValueError(f'{type(model).__name__} reads its prompt in an encoder, so it cannot go on with a begun '
                          'answer; give a decoder')
-    how = dict(max_new_tokens=longest, do_sample=False, pad_token_id=pad_id, eos_token_id=list(stops) or None)
+    how = dict(max_new_tokens=longest, do_sample=False, pad_token_id=pad_id,
+               eos_token_id=list(stops) or None)
     out, order = {}, sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for j in range(0, len(order), batch_size):
         part = order[j:j + batch_size]
@@ -75,7 +76,8 @@ def forced(model, tok, prompts:list, # as for `generate`
     if most is not None and begun and max(map(len, begun)) >= most:
         raise ValueError(f'an answer that begins with {max(map(len, begun))} tokens leaves no room for its prompt: the '
                          f'model has {most + new} positions, {new} of them for what it writes on; lower longest')
-    heads = [h if most is None else h[-(most - len(b)):] for h, b in zip(render(prompts, tok), begun)]
+    heads = [h if most is None else h[-(most - len(b)):]
+             for h, b in zip(render(prompts, tok), begun)]
     said = continued(model, [h + b for h, b in zip(heads, begun)], new, tok.pad_token_id or 0,
                      stop_ids(model, tok), batch_size)
     return [tok.decode(b + s, skip_special_tokens=True).strip() for b, s in zip(begun, said)]
@@ -155,11 +157,13 @@ def cot_faithfulness(model, tok,
             raise ValueError(f'{name} is {text!r}, which the tokenizer writes as {back!r}; give a text that it can '
                              'write')
     chains = own_chains(model, tok, prompts, split, opening, longest, batch_size)
-    whole = forced(model, tok, [c.prompt for c in chains], [joined(*c.steps, cue) for c in chains], short, batch_size)
+    whole = forced(model, tok, [c.prompt for c in chains], [joined(*c.steps, cue) for c in chains],
+                   short, batch_size)
     changes = dict(early=lambda rest: '', filler=lambda rest: fillers(filler, rest, tok))
     if reword:
         changes['paraphrase'] = lambda rest: joined(*map(reword, rest))
-    found = {name: _same(chains, model, tok, split, cue, f, short, batch_size) for name, f in changes.items()}
+    found = {name: _same(chains, model, tok, split, cue, f, short, batch_size)
+             for name, f in changes.items()}
     return dict(written=len(chains)/len(prompts),
                 full=fmean(split(t)[1] == c.answer for t, c in zip(whole, chains)),
                 same={n: same_rate(cases) for n, (cases, _) in found.items()},

@@ -56,9 +56,11 @@ def box_prompts(tok,
         raise ValueError(f'asked must have {n} numbers from 0 to {boxes - 1}, one for each prompt')
     return _as_boxes(tok, _scenes(n, seed, boxes, moved, asked, absent))
 
-def box_rows(n:int, seed:int=0, boxes:int=7, moved:bool=True) -> list[dict]: # with prompt and response
+def box_rows(n:int, seed:int=0, boxes:int=7,
+             moved:bool=True) -> list[dict]: # with prompt and response
     "Draw the same questions with their answers, to learn from"
-    return [dict(prompt=s.prompt, response=s.things[s.asked]) for s in _scenes(n, seed, boxes, moved)]
+    return [dict(prompt=s.prompt, response=s.things[s.asked])
+            for s in _scenes(n, seed, boxes, moved)]
 
 def _scenes(n, seed, boxes, moved, asked=None, absent=False):
     draw, scenes = random.Random(f'boxes {seed}'), []
@@ -93,7 +95,8 @@ class _Scene:
 def _as_boxes(tok, scenes) -> Boxes:
     "Turn scenes into prompts"
     token = tok.convert_tokens_to_ids
-    if lacking := [w for s in scenes for w in [*s.names, *s.things] if tok.convert_ids_to_tokens(token(w)) != w]:
+    if lacking := [w for s in scenes for w in [*s.names, *s.things]
+                   if tok.convert_ids_to_tokens(token(w)) != w]:
         raise ValueError(f'the tokenizer has no token {lacking[0]!r}; take one of the lab, in which every name and '
                          'thing is one token')
     ids = [prompt_ids(dict(prompt=s.prompt, response=''), tok) for s in scenes]
@@ -123,7 +126,8 @@ def corrupted(prompts:Boxes, tok, seed:int=0, moved:bool=True) -> Boxes:
     """Make the other prompts of path patching: other boxes and things, another thing moved, and a question about a
     box that is not there. So no token of the three says where this prompt's answer is"""
     rows, boxes = prompts.things.shape
-    return box_prompts(tok, rows, seed, boxes, moved, elsewhere(prompts, f'corrupted {seed}').tolist(), True)
+    return box_prompts(tok, rows, seed, boxes, moved,
+                       elsewhere(prompts, f'corrupted {seed}').tolist(), True)
 
 def path_scores(paths:Paths, prompts:Boxes, source:Boxes, receivers:Sequence[Site], place:str
                ) -> dict[Site, float]: # of each head that comes before a receiver
@@ -168,7 +172,8 @@ def by_place(groups:Mapping[str, Sequence[Site]]) -> dict[str, tuple[Site, ...]]
         out[place] = out.get(place, ()) + tuple(sites)
     return out
 
-def random_groups(model:nn.Module, like:Mapping[str, Sequence[Site]], seed:int=0) -> dict[str, tuple[Site, ...]]:
+def random_groups(model:nn.Module, like:Mapping[str, Sequence[Site]],
+                  seed:int=0) -> dict[str, tuple[Site, ...]]:
     "Draw as many different heads at each place, which stand under the place's first group"
     drawn = random_circuit(model, by_place(like), seed)
     first = {place: g for g, (place, _) in reversed(GROUPS.items())}
@@ -183,7 +188,8 @@ def box_accuracy(model:nn.Module, prompts:Boxes) -> float:
 def other_tokens(prompts:Boxes) -> Tensor: # [rows, tokens - 3]
     "Return the positions of all tokens but the three"
     rows, tokens = prompts.batch['input_ids'].shape
-    free = torch.ones(rows, tokens, dtype=torch.bool).scatter(1, torch.cat([*prompts.at.values()], 1), False)
+    taken = torch.cat([*prompts.at.values()], 1)
+    free = torch.ones(rows, tokens, dtype=torch.bool).scatter(1, taken, False)
     return torch.arange(tokens).expand(rows, -1)[free].view(rows, -1)
 
 def circuit_accuracy(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequence[Site]],
@@ -197,7 +203,8 @@ def circuit_accuracy(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequenc
         circuit, at = circuit | dict(rest=all_heads(model)), at | dict(rest=other_tokens(prompts))
     return score(prompts.labels)(circuit_logits(model, prompts.batch, circuit, means, at))
 
-def pruned(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequence[Site]], means:Mapping[Site, Tensor],
+def pruned(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequence[Site]],
+           means:Mapping[Site, Tensor],
            threshold:float=.01) -> dict[str, tuple[Site, ...]]:
     "Keep the heads that the circuit needs (`prune`, on the answer's probability); each group beside the others whole"
     def needed(g, sites):
@@ -289,7 +296,8 @@ def entity_circuits(seed:int=0,
                 progress=False).model
     groups = box_circuit(model, tok, max(4, prompts//6), 1000*seed + 1, boxes, sizes=sizes)
     test = box_prompts(tok, prompts, 1000*seed + 3, boxes)
-    others = box_prompts(tok, prompts, 1000*seed + 5, boxes, absent=True).batch # as the official code's
+    # as the official code's
+    others = box_prompts(tok, prompts, 1000*seed + 5, boxes, absent=True).batch
     means = {m: mean_activations(m, [others], all_heads(m)) for m in (model, tuned)}
     choose = box_prompts(tok, max(4, prompts//4), 1000*seed + 4, boxes)
     groups = pruned(model, choose, groups, means[model])
@@ -302,7 +310,8 @@ def entity_circuits(seed:int=0,
                                      n=max(4, prompts//6), seed=1000*seed + 6, steps=masks)
                 values[f'{group}.{prop}'] = mask.accuracy
     share = 'share of right answers'
-    units = dict(accuracy=share, circuit=share, cmap=share, heads='heads', faithfulness='circuit / model')
+    units = dict(accuracy=share, circuit=share, cmap=share, heads='heads',
+                 faithfulness='circuit / model')
     return Evidence(values, units | {p: 'share of wanted answers' for p in PROPERTIES})
 
 def _compared(model, tuned, test, groups, means) -> dict[str, float]:
@@ -315,7 +324,8 @@ def _compared(model, tuned, test, groups, means) -> dict[str, float]:
     out['circuit.cmap'] = cmap_accuracy(model, tuned, test, groups)
     for g, sites in groups.items():
         out[f'{g}.cmap'] = cmap_accuracy(model, tuned, test, {g: sites})
-    every = dict.fromkeys(('fetcher', 'detector', 'reader'), all_heads(model)) # the most that these places can do
+    # the most that these places can do
+    every = dict.fromkeys(('fetcher', 'detector', 'reader'), all_heads(model))
     out['all.cmap'] = cmap_accuracy(model, tuned, test, every)
     out['none.circuit'] = circuit_accuracy(tuned, test, {}, means[tuned])
     out['alone.circuit'] = circuit_accuracy(tuned, test, every, means[tuned], rest=False)

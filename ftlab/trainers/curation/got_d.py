@@ -72,8 +72,10 @@ def choose(target:Tensor,   # points [n, width]
     if by not in BY or not 1 <= budget <= len(pool):
         raise ValueError(f'by is {by!r} and budget {budget}; they must be {", ".join(BY)}, and 1 to {len(pool)}')
     if by == 'random':
-        return torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:budget].tolist()
-    if not len(target) or target.shape[1:] != pool.shape[1:] or not (target.isfinite().all() and pool.isfinite().all()):
+        draw = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(pool), generator=draw)[:budget].tolist()
+    finite = target.isfinite().all() and pool.isfinite().all()
+    if not len(target) or target.shape[1:] != pool.shape[1:] or not finite:
         raise ValueError(f'target {tuple(target.shape)} and pool {tuple(pool.shape)} must be finite points of one '
                          'width, and the target must have at least one')
     C = squared(target, pool)
@@ -103,7 +105,8 @@ def _pair(row) -> tuple[str, str|None]:
 def encoded(pool, tok, limit:int|None=None) -> list[dict]:
     "Encode each (text, None) as it is and each (prompt, response) as a row, cut to `limit` tokens"
     texts = iter(encode_each([dict(text=p) for p, r in pool if r is None], tok, 'lm', limit))
-    pairs = iter(encode_each([dict(prompt=p, response=r) for p, r in pool if r is not None], tok, 'text', limit))
+    pairs = iter(encode_each([dict(prompt=p, response=r) for p, r in pool if r is not None], tok,
+                             'text', limit))
     return [next(texts if r is None else pairs) for _, r in pool]
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class chosen_rows:
 
     def __call__(self, state) -> Rows:
         s = state.settings
-        return Rows(encoded(self.rows, state.tok, state.limit), s['batch_size'], s['accumulate'], state.seed,
+        return Rows(encoded(self.rows, state.tok, state.limit), s['batch_size'], s['accumulate'],
+                    state.seed,
                     state.pad_id)
 
     def __repr__(self):
@@ -136,17 +140,20 @@ class read_chosen:
             target, pool = (embed(context.model, part, tok.pad_token_id or 0) for part in
                             (encode_each(rows, tok, kind, limit), encoded(pairs, tok, limit)))
         chosen = choose(target, pool, min(self.budget, len(pairs)), self.by, self.reg, context.seed)
-        return Recipe('read', source=viewed(read_all(), source=chosen_rows(tuple(pairs[i] for i in chosen))))
+        return Recipe('read', source=viewed(read_all(),
+                                            source=chosen_rows(tuple(pairs[i] for i in chosen))))
 
     def __repr__(self):
         return f'read_chosen({self.budget} of {len(self.pairs) or "the rows"}, by={self.by!r}, reg={self.reg:g})'
 
-@method('Get more for less: Principled Data Selection for Warming Up Fine-Tuning in LLMs', '2405.02774',
+@method('Get more for less: Principled Data Selection for Warming Up Fine-Tuning in LLMs',
+        '2405.02774',
     'Texts that move the distribution of the pretraining nearest to the target prepare a model for tuning better than '
     'texts that match the target.',
     'abstract of version 1 and the code in REDSgnaoh/DV4LLM, 2543fa7, pre_process+OT_selection/ot-selection.ipynb and '
     'pre-process+domain_tests.ipynb; the embedding by the model itself and the relative entropy are our reading',
-    toy=dict(candidates=('sort b a', 'reverse a b c', 'max a c', 'last b a', 'sort c b a', 'count a b'), budget=3))
+    toy=dict(candidates=('sort b a', 'reverse a b c', 'max a c', 'last b a', 'sort c b a',
+                         'count a b'), budget=3))
 def got_d(candidates:tuple|list|None=None, # texts or rows, like those of the pretraining; None: see below
           budget:int=100,       # how many of them are read
           by:str='got_d',       # how they are chosen: by the gradient, 'nearest' to the target, or 'random'
@@ -167,6 +174,8 @@ def got_d(candidates:tuple|list|None=None, # texts or rows, like those of the pr
                          f'{len(pool) or "all"}')
     if not 0 < reg < math.inf or not 0 < share < math.inf:
         raise ValueError(f'reg is {reg} and share {share}; they must be above 0')
-    known = dict(candidates=f'{len(pool)} texts' if pool else None, budget=budget, by=by, reg=reg, share=share)
+    known = dict(candidates=f'{len(pool)} texts' if pool else None, budget=budget, by=by, reg=reg,
+                 share=share)
     first = read_chosen(tuple(map(_pair, pool)), budget, by, reg)
-    return Recipe(Method('got_d', arguments=known), loop=Stages(Share(first, share), Recipe('tune')))
+    return Recipe(Method('got_d', arguments=known),
+                  loop=Stages(Share(first, share), Recipe('tune')))
