@@ -161,11 +161,11 @@ def accumulates(recipe, tmp):
     assert (abs(a.log[0]['nll'] - b.log[0]['nll']) < 1e-5
             and abs(a.log[0]['loss'] - b.log[0]['loss']) < 1e-5)
     # AdamW makes a whole step of a gradient that is nothing but rounding, so a number here and there
-    # may differ, but not their root mean square: in units of the learning rate at most 4e-6 was
-    # measured, and 0.25 for means of halves.
+    # may differ, but not their root mean square: in units of the learning rate at most 1e-4 was
+    # measured, on the processor where it is most, and 0.25 for means of halves.
     x, y = ({n: p.detach() for n, p in m.model.named_parameters()} for m in (a, b))
     off = (sum((x[n] - y[n]).square().sum() for n in x)/sum(p.numel() for p in x.values()))**.5
-    assert off < 1e-4*a.settings['lr']
+    assert off < 1e-3*a.settings['lr']
 
 CHECKS = {'starts as the base': starts_as_the_base, 'frozen stays': frozen_stays,
           'off is the base': off_is_the_base, 'folds': folds, 'saves': saves, 'repeats': repeats,

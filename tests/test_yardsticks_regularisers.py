@@ -323,7 +323,8 @@ def test_r_drop_is_the_official_formula(alpha):
     on = y != IGNORE
     nll = sum(F.cross_entropy(x[on], y[on]) for x in (first, second))/2
     theirs = nll + alpha*official_kl(first, second)[on].mean()
-    equal(ours, theirs, list(s.model.parameters()))
+    # alpha times a difference of nearly equal numbers: rounding counts, more on some processors
+    equal(ours, theirs, list(s.model.parameters()), most=1e-5 if alpha <= 1 else 1e-4)
 
 def test_r_drop_says_that_a_model_has_no_dropout():
     with pytest.raises(ValueError, match=r'this model has none.*r_drop\(dropout=.1\)'):

@@ -439,7 +439,7 @@ def mean_activations(model:nn.Module,
         sums, n = _sums(model, batch, sites, per_position)
         if total and n.shape != count.shape:
             raise ValueError(f'the batches have {len(count)} and {len(n)} tokens; give batches of one length, '
-                             'or per_position=False')
+                             'or take means over all positions')
         total = {s: x + total.get(s, 0) for s, x in sums.items()}
         count = n + count
     if not total:
@@ -467,5 +467,5 @@ def as_rows(mean:Tensor, x:Tensor) -> Tensor:
     "Repeat a mean [width] or [tokens, width] for the rows and tokens of `x`. Raises `ValueError` for other lengths"
     if mean.ndim == 2 and len(mean) != x.shape[1]:
         raise ValueError(f'the mean is of {len(mean)} positions and the prompts have {x.shape[1]} tokens; give prompts '
-                         'of one length, or a mean with per_position=False')
+                         'of one length, or a mean over all positions')
     return mean.expand(*x.shape[:2], x.shape[2])
