@@ -161,7 +161,7 @@ class StartByContext:
     def before_load(self, state):
         deltas = {n: d for n, d in state.attached.deltas.items() if isinstance(d, ContextLoRA)}
         if any(isinstance(p, DTensor) for d in deltas.values() for p in d.parameters()):
-            raise ValueError('CorDA decomposes whole weights, and these are divided among processes; train it without sharding')
+            raise ValueError('CorDA decomposes whole weights; train it without sharding')
         keep = self.mode == 'keep'
         C = covariances(state.model, self.batches(state), deltas, keep, self.length)
         for n, d in deltas.items():
