@@ -20,7 +20,8 @@ def with_pooler(recipe):
 
     return Recipe(recipe.name, select=select, delta=Entries)
 
-ARMS = dict(norms=with_pooler(layernorm_tuning()), fifth=with_pooler(layernorm_tuning(.2)),
+NORMS = with_pooler(layernorm_tuning())
+ARMS = dict(norms=NORMS, norms_quarter=NORMS, fifth=with_pooler(layernorm_tuning(.2)),
             random=with_pooler(layernorm_tuning(.2, 'random')), head=Recipe('head', select=pooler),
             full=Recipe(), full_quarter=Recipe())
 

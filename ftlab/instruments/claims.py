@@ -95,7 +95,7 @@ class Experiment:
             if odd := [k for k, v in found.items() if isinstance(v, float)
                        and not math.isfinite(v)]:
                 raise FloatingPointError(f'{odd[0]} is {found[odd[0]]}')
-        except (ImportError, SyntaxError, NameError, AttributeError, TypeError):
+        except (ImportError, SyntaxError, NameError, AttributeError, TypeError, LookupError):
             raise
         except Exception as e:
             traceback.print_exc()
@@ -582,7 +582,7 @@ def _known_worse(part, c, row) -> dict:
         return {}
     if 'worse' in c:
         seen = [part.found(row, s, 'test') for s in part.claim.spec['seeds']]
-        level = lambda f: arm_value(c, outcome_of(f, c['worse']), row['target'])[0]
+        level = lambda f: arm_value(c, outcome_of(f, c['worse']), row['target'], against=False)[0]
         gap = [level(f) - side(c, 'baseline', f, row['target'])[0] for f in seen]
         return dict(worse=dict(name=c['worse'], effects=gap))
     return (dict(worse=dict(name='the baseline after half of its steps',

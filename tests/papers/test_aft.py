@@ -101,10 +101,10 @@ def test_the_first_gradient_is_that_of_the_whole_loss_written_out(k):
 
 def test_without_weight_it_is_plain_fine_tuning():
     kept = data(ROWS, seed=0, carry=['right', 'wrong'])
-    runs = [fit(toy(), TOK, kept, r, **SETTINGS) for r in (aft(weight=0.), Recipe())]
+    # in double precision, because AdamW makes a whole step of a gradient that is nothing but rounding
+    runs = [fit(toy().double(), TOK, kept, r, **SETTINGS) for r in (aft(weight=0.), Recipe())]
     a, b = (r.delta.attached.changes() for r in runs)
-    # AdamW divides by the gradient's size, so what rounding leaves of a gradient near 0 counts
-    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+    assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
 
 
 @pytest.mark.parametrize('recipe', [

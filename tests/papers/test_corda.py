@@ -5,7 +5,6 @@ import torch
 from tiny import VOCAB, tiny
 from toys import (TOK, assert_off_saved_folded, assert_resumes, classifier, lab_data, label_data,
                   logits, toy)
-from ftlab import papers
 from ftlab.adapters.attach import attach, oriented
 from ftlab.adapters.lowrank import to_peft
 from ftlab.adapters.modules.corda import (ContextLoRA, StartByContext, corda, covariances, damped,
@@ -18,13 +17,7 @@ from ftlab.core.tokens import IGNORE, encode_all
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.dft import dft
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'corda')
 MODES = dict(preview=dict(mode='preview', rows=24), keep=dict(mode='keep', old='sort', rows=24))
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['corda']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def rows_of(n=24):

@@ -2,21 +2,14 @@
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
-from ftlab import papers
 from ftlab.evaluators.mechanisms.cot_faithfulness import (by_share, continued, cot_faithfulness,
                                                           fillers, forced,
                                                           joined, own_chains, same_rate, split_at)
 from tests.toys import TOK, classifier, same, toy, weights
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'cot_faithfulness')
 SPLIT = split_at('answer :', ';')
 STEPS = {'sort b a': ['first : b a ;', 'sort : a b ;', 'last : b ;'],
          'sort c a': ['sort : a c ;', 'last : c ;']}
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['cot_faithfulness']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 class StandIn(torch.nn.Module):

@@ -1,6 +1,5 @@
 "entity_circuits: what its page cannot say about itself"
 import pytest, torch
-from ftlab import papers
 from ftlab.core.loading import load
 from ftlab.evaluators.mechanisms.entity_circuits import (
     GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
@@ -9,13 +8,6 @@ from ftlab.evaluators.mechanisms.entity_circuits import (
 from ftlab.evaluators.circuits import circuit_logits, probability
 from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
 from toys import TOK, toy
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'entity_circuits')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['entity_circuits']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 @pytest.mark.parametrize('moved', [False, True])

@@ -1,7 +1,6 @@
 "GOT-D: its potentials against POT's, what they say about moving mass, what is chosen and read, errors"
 import pytest
 import torch
-from ftlab import papers
 from ftlab.core.data import Data
 from ftlab.core.tokens import encode_all
 from ftlab.trainers.curation.got_d import (calibrated, choose, chosen_rows, dual, embed, encoded,
@@ -9,13 +8,6 @@ from ftlab.trainers.curation.got_d import (calibrated, choose, chosen_rows, dual
                                             squared)
 from ftlab.trainers.fit import fit
 from tests.toys import TOK, classifier, lab_data, same, toy, weights
-
-ENTRY = next(e for e in papers.index() if e['key'] == 'got_d')
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['got_d']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def points(seed=0, n=12, m=30):

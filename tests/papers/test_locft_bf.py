@@ -5,7 +5,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from tiny import tiny
 from toys import TOK, assert_resumes, classifier, label_data, same, toy, weights
-from ftlab import papers
 from ftlab.adapters.editing.locft_bf import (ASK, DepthFirst, best_place, edit_scores, fact_edits,
                                              locft_bf, one_place, scan)
 from ftlab.core.batches import collate
@@ -15,13 +14,7 @@ from ftlab.core.tokens import encode_all
 from ftlab.lab.world import LabWorld
 from ftlab.trainers.fit import fit
 
-ENTRY = next(e for e in papers.index() if e['key'] == 'locft_bf')
 PLACE = 'model.layers.1.mlp.down_proj.weight'
-
-
-def test_it_is_the_paper_of_the_catalogue():
-    row = papers.catalogue()['locft_bf']
-    assert {k: ENTRY[k] for k in ('title', 'arxiv', 'family', 'home')}.items() <= row.items()
 
 
 def edited(recipe, n=6, model=None, **more):

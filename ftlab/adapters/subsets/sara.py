@@ -62,7 +62,7 @@ def entries_of(att,                 # the change on a model
     d = att.deltas[name]
     W = oriented(att.model, name, base_below(att.model, name)).float()
     at = d.index.long()
-    now = W.flatten()[at] + d.value
+    now = W.flatten()[at] + d.value.float()
     if held is not None:
         now = now.index_fill(0, held, 0.)
     return torch.zeros(W.numel(), device=W.device).index_add(0, at, now).view(W.shape)
