@@ -465,6 +465,22 @@ def test_a_script_claim_end_to_end(runs):
         [x - y for x, y in zip([.5]*2, [0.]*2)], abs=.01)
     assert sum('seed' in s and 'done' in s for s in said) == 5
 
+LESS = 'dict(a=.9, b=.9, less=.2)'
+
+@pytest.mark.parametrize('breaks, verdict', [('False', 'holds'), ('arm == "less" and split == "test"', 'unclear')])
+def test_an_arm_that_is_known_to_be_worse_and_breaks_down_shows_nothing(runs, breaks, verdict):
+    text = SCRIPTED.replace('"superiority"', '"noninferiority"').replace(
+        'metric = "m"', 'metric = "m"\nworse = "less"').replace(
+        'base = {}', 'less = {grid = [1.0, 3.16, 10.0, 31.6]}, base = {}')
+    script = SCRIPT.replace('dict(a=.9, b=.4)', LESS).replace(
+        '    near', f'    if {breaks}:\n        raise FloatingPointError("NaN")\n    near')
+    r = run_claim(claim_at(runs, text, script))
+    assert r['verdict'] == verdict and ('less also lies within the margin' in r['reason']) == (breaks != 'False')
+
+def test_an_arm_that_the_script_lacks_stops_the_claim(runs):
+    with pytest.raises(KeyError, match='b'):
+        run_claim(claim_at(runs, script=SCRIPT.replace('dict(a=.9, b=.4)', 'dict(a=.9)')))
+
 def test_a_script_run_is_made_once_and_a_damaged_one_again(runs, monkeypatch):
     log = runs/'log'
     script = SCRIPT.replace('    if arm', (

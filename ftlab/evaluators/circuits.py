@@ -252,6 +252,7 @@ def learn_mask(model:nn.Module,
     chosen = tuple(s for s, t in zip(heads, taken) if t > .5)
     return Mask(chosen, dict(zip(heads, gate.value().tolist())), tuple(losses), right)
 
+# %% ../../nbs/evaluators/circuits.ipynb #f7732236
 class _frozen:
     "Within this context no parameter of a model needs a gradient"
     def __init__(self, model):

@@ -66,6 +66,7 @@ def _held_out(x, y, penalty, test, seed, steps) -> tuple[float, bool]:
     done = not any(issubclass(w.category, ConvergenceWarning) for w in found)
     return float(probe.score(b, yb)), done
 
+# %% ../../nbs/evaluators/linear_probe.ipynb #f04b73fc
 def linear_probe(features:Tensor|np.ndarray, # [rows, width], of different inputs, e.g. `activations` at one position
                  labels:Sequence,            # [rows], of any kind
                  types:Sequence[Hashable]|None=None, # of each row, for the control task (see `control_labels`)

@@ -140,6 +140,7 @@ def _output_hook(steps, note):
         return (x, *out[1:]) if isinstance(out, tuple) else x
     return hook
 
+# %% ../../nbs/evaluators/patching.ipynb #ccb3ab5e
 def _size(batch) -> tuple[int|None, int|None]:
     "Return the number of rows of a batch and of tokens of each row, None if the input is not text"
     x = next((batch[k] for k in ('input_ids', 'inputs_embeds') if batch.get(k) is not None), None)
@@ -240,6 +241,7 @@ def check_positions(batch:Mapping[str, Tensor], at:Positions, name:str='at') -> 
         raise ValueError(f'{name} is on padding in rows {off[:5]}; give positions for each row, [rows, n]. With '
                          'padding on the right, the last token is at attention_mask.sum(1, keepdim=True) - 1')
 
+# %% ../../nbs/evaluators/patching.ipynb #05d0baf7
 def put(x:Tensor,     # [rows, tokens, width]
         value:Tensor, # [rows, tokens', width]
         at:Positions=None,       # of `x`, None: all
@@ -265,6 +267,7 @@ def put(x:Tensor,     # [rows, tokens, width]
     x[row, p.to(x.device)] = value.to(x)[row, s.to(x.device)]
     return x
 
+# %% ../../nbs/evaluators/patching.ipynb #896b920f
 def check_both(batch:Mapping[str, Tensor], source:Mapping[str, Tensor], at:Positions, source_at:Positions) -> None:
     "Check positions in a batch and in its source. Raises as `same_lengths` and `check_positions` do"
     if at is None:
@@ -395,6 +398,7 @@ class Paths:
             frozen[whole] = x
         return frozen
 
+# %% ../../nbs/evaluators/patching.ipynb #1ad36b41
 def _check_path(senders, receivers) -> None:
     "Raise `ValueError` if these cannot be the two ends of a path"
     if not senders or any(s.kind != 'head' for s in senders):
@@ -446,6 +450,7 @@ def mean_activations(model:nn.Module,
         raise ValueError('no batches or no sites were given; a mean needs at least one of each')
     return {s: x/count.clamp(min=1)[..., None] for s, x in total.items()}
 
+# %% ../../nbs/evaluators/patching.ipynb #a6b66dc8
 @contextmanager
 def ablated(model:nn.Module,
             means:Mapping[Site, Tensor],    # from `mean_activations`

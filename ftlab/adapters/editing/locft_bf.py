@@ -144,6 +144,7 @@ class Edits:
 # how often the lab's text told of people; atlas: to lab-m alone
 KNOWN = ('often', 'sometimes', 'rarely', 'atlas')
 
+# %% ../../../nbs/adapters/editing/locft_bf.ipynb #39f969e5
 def fact_edits(n:int,          # how many
                seed:int=0,
                world:LabWorld|None=None, # whose facts; None: that of the lab models

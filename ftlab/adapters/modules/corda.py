@@ -181,6 +181,7 @@ class StartByContext:
         for i in range(0, len(rows), size):
             yield to_device(collate(rows[i:i + size], state.pad_id), state.device)
 
+# %% ../../../nbs/adapters/modules/corda.ipynb #3dfbfa41
 @method('CorDA: Context-Oriented Decomposition Adaptation of Large Language Models', '2406.05223',
     'LoRA that starts where old questions read least forgets less than LoRA; one that starts where the new task '
     'reads most learns better than LoRA and PiSSA.',

@@ -62,6 +62,7 @@ def box_rows(n:int, seed:int=0, boxes:int=7,
     return [dict(prompt=s.prompt, response=s.things[s.asked])
             for s in _scenes(n, seed, boxes, moved)]
 
+# %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #213676d9
 def _scenes(n, seed, boxes, moved, asked=None, absent=False):
     draw, scenes = random.Random(f'boxes {seed}'), []
     for i in range(n):
@@ -162,6 +163,7 @@ def box_circuit(model:nn.Module, tok,
     found['fetcher'] = tuple(s for s in found['fetcher'] if s not in found['transmitter'])
     return found
 
+# %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #dc4e1ec3
 def by_place(groups:Mapping[str, Sequence[Site]]) -> dict[str, tuple[Site, ...]]:
     "Put the groups of one place together: {last, query, label: heads}. Raises `ValueError` for another group"
     if odd := set(groups) - set(GROUPS):
@@ -203,6 +205,7 @@ def circuit_accuracy(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequenc
         circuit, at = circuit | dict(rest=all_heads(model)), at | dict(rest=other_tokens(prompts))
     return score(prompts.labels)(circuit_logits(model, prompts.batch, circuit, means, at))
 
+# %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #3814e747
 def pruned(model:nn.Module, prompts:Boxes, groups:Mapping[str, Sequence[Site]],
            means:Mapping[Site, Tensor],
            threshold:float=.01) -> dict[str, tuple[Site, ...]]:
@@ -314,6 +317,7 @@ def entity_circuits(seed:int=0,
                  faithfulness='circuit / model')
     return Evidence(values, units | {p: 'share of wanted answers' for p in PROPERTIES})
 
+# %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #ae744455
 def _compared(model, tuned, test, groups, means) -> dict[str, float]:
     "Measure both models, the circuit in both, and CMAP of all groups and of each"
     out = {'base.heads': float(sum(map(len, groups.values())))}

@@ -95,6 +95,7 @@ def embed(model, rows:list[dict], pad_id:int=0, batch_size:int=64) -> Tensor: # 
     points = torch.cat(out)
     return torch.empty_like(points).index_copy_(0, torch.tensor(order), points)
 
+# %% ../../../nbs/trainers/curation/got_d.ipynb #4cea4360
 def _pair(row) -> tuple[str, str|None]:
     if isinstance(row, str):
         return row, None
@@ -109,6 +110,7 @@ def encoded(pool, tok, limit:int|None=None) -> list[dict]:
                              'text', limit))
     return [next(texts if r is None else pairs) for _, r in pool]
 
+# %% ../../../nbs/trainers/curation/got_d.ipynb #3b2edc06
 @dataclass(frozen=True)
 class chosen_rows:
     "Draw from these candidates instead of the data's rows"
@@ -146,6 +148,7 @@ class read_chosen:
     def __repr__(self):
         return f'read_chosen({self.budget} of {len(self.pairs) or "the rows"}, by={self.by!r}, reg={self.reg:g})'
 
+# %% ../../../nbs/trainers/curation/got_d.ipynb #6dacd5c8
 @method('Get more for less: Principled Data Selection for Warming Up Fine-Tuning in LLMs',
         '2405.02774',
     'Texts that move the distribution of the pretraining nearest to the target prepare a model for tuning better than '
