@@ -4987,6 +4987,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._next': ('instruments/rates.html#_next', 'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._picks': ('instruments/rates.html#_picks', 'ftlab/instruments/rates.py'),
+                                         'ftlab.instruments.rates._ranked': ( 'instruments/rates.html#_ranked',
+                                                                              'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._refine': ( 'instruments/rates.html#_refine',
                                                                               'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._repeat': ( 'instruments/rates.html#_repeat',

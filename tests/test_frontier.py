@@ -234,6 +234,15 @@ def test_no_edge_no_extension_two_refined_three_again():
     choice = tried.choices(Want(('a',)))['arms']['a']
     assert choice['rate'] == 3.16e-4 and not choice['at_edge']
 
+@pytest.mark.parametrize('higher', [True, False])
+def test_an_arm_that_no_want_names_is_run_with_every_seed_at_its_best_rates(higher):
+    "Such as a trivial alternative, which has no strong or weak side of its own but must be at its best"
+    best, want = dict(a=-3., idle=-2.), Want(('a',), 'm', higher)
+    run = lambda arm, rate, seed: dict(m=(-1 if higher else 1)*abs(math.log10(rate) - best[arm]))
+    grids = dict(a=GRID, idle=GRID)
+    tried = search(grids, run, [want], refine=False, others=dict(idle=want))
+    assert max(GRID.values) in tried.twice('idle') and min(GRID.values) not in tried.twice('idle')
+
 def test_an_edge_extends_all_arms_on_both_sides():
     hidden = dict(low=2e-5, inside=3.3e-4, high=1.2e-2)
     tried = search(dict.fromkeys(hidden, GRID), peaked(hidden), [Want(tuple(hidden))])

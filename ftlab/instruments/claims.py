@@ -373,7 +373,9 @@ class Part:
         # a run of a real model takes minutes: one tuning seed, and the rates of the file alone
         how = (dict(refine=False, extend=0, again=0) if self.claim.real
                else dict(refine=not alone, deciding=primary or None))
-        self.tried = (search(e.grids, run, wants, self.seeds, **how)
+        # the trivial alternative and the arm known to be worse are at their best, too
+        others = {n: want_of(c, e) for c in reversed(first) for n in named_arms(c)}
+        self.tried = (search(e.grids, run, wants, self.seeds, others=others, **how)
                       if e.grids else Tried({}, {}))
         self.plans = [planned(c, self.tried, e) for c in self.contrasts]
         self._plan_controls()

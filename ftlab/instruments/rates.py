@@ -135,8 +135,10 @@ def search(grids:Mapping[str, Grid],
            drop:Callable=lambda tried: (), # tried -> arms that need no more rates
            deciding:int|None=None, # only the first so many wants make the grids grow; None: all
            ahead:Callable=lambda jobs: None, # gets each list of (arm, rate, seed) before `run` is called for them
+           others:Mapping[str, Want]={} # of an arm that no want names -> by what its best rates are known; else by its gain
           ) -> Tried:
-    """Try rates for every arm with equal effort. An arm that no want names is run at its whole grid.
+    """Try rates for every arm with equal effort. An arm that no want names is run at its whole grid,
+    and its best rates with every seed.
     Raises `ValueError` if the grids differ in size."""
     sizes = {a: len(set(g.values)) for a, g in grids.items()}
     if len(set(sizes.values())) > 1:
@@ -155,10 +157,10 @@ def search(grids:Mapping[str, Grid],
         out = set(drop(tried))
         wants = [replace(w, arms=live) for w in wants
                  if (live := tuple(a for a in w.arms if a not in out))]
-        _extend(tried, [a for a in grids if a not in out], wants[:deciding], have, seeds[0], extend)
+        _extend(tried, [a for a in grids if a not in out], wants[:deciding], have, seeds[0], extend, others)
         if refine:
             _refine(tried, out, wants, have, seeds[0])
-    _repeat(tried, out, wants, have, seeds, again)
+    _repeat(tried, out, wants, have, seeds, again, others)
     return tried
 
 def _picks(tried, wants) -> dict[str, list[dict]]:
@@ -169,23 +171,23 @@ def _picks(tried, wants) -> dict[str, list[dict]]:
             found[arm].append(choice)
     return found
 
-def _extend(tried, arms, wants, have, seed, limit) -> None:
+def _extend(tried, arms, wants, have, seed, limit, others) -> None:
     "Try one more rate for every arm, as long as a choice lies at an edge that can move"
     for _ in range(limit):
         picks = _picks(tried, wants)
-        new = {a: _next(tried, a, picks[a]) for a in arms}
+        new = {a: _next(tried, a, picks[a], others.get(a)) for a in arms}
         if not any(at_edge for _, at_edge in new.values()):
             return
         have((arm, rate, seed) for arm, (rate, _) in new.items() if rate is not None)
 
-def _next(tried, arm, picks) -> tuple[float|None, bool]:
+def _next(tried, arm, picks, other) -> tuple[float|None, bool]:
     "Return the next rate of an arm, and whether a choice at an edge asks for it"
     grid, known = tried.grids[arm], sorted(tried.outcomes[arm])
     for pick in picks:
         rate = grid.moved(known[-1] if pick['at_edge'] > 0 else known[0], pick['at_edge'])
         if pick['at_edge'] and rate is not None:
             return rate, True
-    at = known.index(picks[0]['rate']) if picks else 0
+    at = known.index(picks[0]['rate'] if picks else _ranked(tried, arm, other)[0])
     sides = [(known[-1], 1), (known[0], -1)]
     if at > len(known) - 1 - at:
         sides.reverse()
@@ -198,7 +200,7 @@ def _refine(tried, dropped, wants, have, seed) -> None:
               if arm not in dropped and picks[arm] for way in (-.5, .5)]
     have((arm, rate, seed) for arm, rate in beside if rate is not None)
 
-def _repeat(tried, dropped, wants, have, seeds, again) -> None:
+def _repeat(tried, dropped, wants, have, seeds, again, others) -> None:
     """Run the choices, and the next best rates for the first want, with every seed; `again` rates
     of each arm, more only where it has more choices"""
     if len(seeds) < 2 or not again:
@@ -212,11 +214,18 @@ def _repeat(tried, dropped, wants, have, seeds, again) -> None:
     jobs = []
     for arm in live:
         rates = chosen[arm]
-        values = picks[arm][0]['values'] if picks[arm] else {}
-        order = [r for r in _best_first(tried.pooled(arm), values, signs.get(arm, 1))
-                 if r not in rates]
+        best = (_best_first(tried.pooled(arm), picks[arm][0]['values'], signs[arm]) if picks[arm]
+                else _ranked(tried, arm, others.get(arm)))
+        order = [r for r in best if r not in rates]
         jobs += [(arm, rate, s) for rate in (rates + order)[:count] for s in seeds[1:]]
     have(jobs)
+
+def _ranked(tried, arm, want) -> list[float]:
+    "Sort the rates of an arm that no want names, from the best on"
+    outcomes = tried.pooled(arm)
+    values = {r: o[want.metric] for r, o in outcomes.items()
+              if not o.get('error') and o.get(want.metric) is not None} if want else {}
+    return _best_first(outcomes, values, 1 if want is None or want.higher else -1)
 
 def _best_first(outcomes, values, sign) -> list[float]:
     """Sort rates: those with a value from the best on, then those without one from the largest gain
