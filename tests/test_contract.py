@@ -50,7 +50,8 @@ RECIPES = {n: partial(made, n) for n in methods.names()} | {
                                               loop=Stages(Recipe('first'), looking_back)),
     'watched': lambda: Recipe(
         'watched', loop=Loop(
-            learners={'watcher': Learner(lambda state: torch.nn.Linear(len(TOK), 1, dtype=state.model.dtype),
+            learners={'watcher': Learner(lambda state: torch.nn.Linear(len(TOK), 1,
+                                                                       dtype=state.model.dtype),
                                          lambda state: state.models['watcher'](
                                              state.logits).square().mean()/len(state.batches))}))}
 

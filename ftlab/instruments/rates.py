@@ -135,7 +135,7 @@ def search(grids:Mapping[str, Grid],
            drop:Callable=lambda tried: (), # tried -> arms that need no more rates
            deciding:int|None=None, # only the first so many wants make the grids grow; None: all
            ahead:Callable=lambda jobs: None, # gets each list of (arm, rate, seed) before `run` is called for them
-           others:Mapping[str, Want]={} # of an arm that no want names -> by what its best rates are known; else by its gain
+           others:Mapping[str, Want]={} # arm that no want names -> what its best rates are known by; else its gain
           ) -> Tried:
     """Try rates for every arm with equal effort. An arm that no want names is run at its whole grid,
     and its best rates with every seed.
@@ -157,7 +157,8 @@ def search(grids:Mapping[str, Grid],
         out = set(drop(tried))
         wants = [replace(w, arms=live) for w in wants
                  if (live := tuple(a for a in w.arms if a not in out))]
-        _extend(tried, [a for a in grids if a not in out], wants[:deciding], have, seeds[0], extend, others)
+        growing = [a for a in grids if a not in out]
+        _extend(tried, growing, wants[:deciding], have, seeds[0], extend, others)
         if refine:
             _refine(tried, out, wants, have, seeds[0])
     _repeat(tried, out, wants, have, seeds, again, others)
