@@ -244,6 +244,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                'ftlab/adapters/merging/breadcrumbs.py'),
                                                     'ftlab.adapters.merging.breadcrumbs.middle.within_tensor': ( 'adapters/merging/breadcrumbs.html#middle.within_tensor',
                                                                                                                  'ftlab/adapters/merging/breadcrumbs.py')},
+            'ftlab.adapters.merging.grafting': { 'ftlab.adapters.merging.grafting.grafting': ( 'adapters/merging/grafting.html#grafting',
+                                                                                               'ftlab/adapters/merging/grafting.py')},
             'ftlab.adapters.merging.lines': { 'ftlab.adapters.merging.lines.by_depth': ( 'adapters/merging/lines.html#by_depth',
                                                                                          'ftlab/adapters/merging/lines.py'),
                                               'ftlab.adapters.merging.lines.by_depth.__call__': ( 'adapters/merging/lines.html#by_depth.__call__',
