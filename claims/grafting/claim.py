@@ -1,0 +1,140 @@
+"""Grafts of one hundredth of the weights onto a half-trained lab-s: learned, the entries that moved
+most, random ones, and all of the change"""
+from functools import lru_cache
+from statistics import fmean
+import torch
+from ftlab.adapters.edit import attach_change
+from ftlab.adapters.merging.grafting import (PlainDescent, graftable, keep_largest, largest,
+                                             learned_graft, region, region_overlap)
+from ftlab.core.batches import collate
+from ftlab.core.data import data
+from ftlab.core.loading import load
+from ftlab.core.model import evaluating, pad_id
+from ftlab.core.recipe import Recipe
+from ftlab.core.scorers import WORLD, answer_scores
+from ftlab.core.tokens import encode_all
+from ftlab.evaluators.calibration import confidence, ece
+from ftlab.lab.models import old_skills
+from ftlab.lab.world import OLD
+from ftlab.trainers.fit import fit
+
+TASK, SECOND = 'refuse', 'tool'  # the half-trained model gets about half of both right
+RATE = .3         # of plain SGD, which the paper's code uses
+DENSITY = .01     # of all weights but the embedding, which is also the head
+ITEMS = dict(validation=100, test=300)
+OLD_ITEMS = dict(validation=10, test=10)
+
+def base():
+    return load('lab-s', revision='step-250')
+
+@lru_cache(32)
+def tuned(task, seed, steps):
+    "Return what one fine-tune changes; every arm of a seed uses it"
+    model, tok = base()
+    recipe = Recipe('sgd', select=graftable, step=PlainDescent)
+    run = fit(model, tok, data(task, seed=seed, n=2000), recipe, steps=steps, lr=RATE, seed=seed,
+              progress=False)
+    return {n: c.clone() for n, c in run.delta.tensors().items()}
+
+@lru_cache(32)
+def learned(task, rate, seed, steps):
+    "Return the graft whose region is learned on the same training questions"
+    model, tok = base()
+    recipe = learned_graft(tuned(task, seed, steps), DENSITY, rate)
+    run = fit(model, tok, data(task, seed=seed, n=2000), recipe, steps=steps, seed=seed + 1,
+              progress=False)
+    return {n: c.clone() for n, c in run.delta.tensors().items()}
+
+def at_random(change, task, seed):
+    "Return a graft of as many entries, drawn evenly, and for each task anew"
+    g = torch.Generator().manual_seed(2*seed + (task == SECOND))
+    drawn = largest({n: torch.rand(c.shape, generator=g) for n, c in change.items()}, DENSITY)
+    return {n: change[n].where(mask, 0) for n, mask in drawn.items()}
+
+def graft_of(arm, task, rate, seed, steps):
+    change = tuned(task, seed, steps)
+    if arm == 'learned':
+        return learned(task, rate, seed, steps)
+    if arm == 'magnitude':
+        return keep_largest(DENSITY)(change)
+    return at_random(change, task, seed) if arm == 'random' else change
+
+@lru_cache(64)
+def scores(task, seed, split, steps=None):
+    "Return the score of each question, of the base or, with `steps`, of the fine-tune"
+    return asked(tuned(task, seed, steps) if steps else None, task, ITEMS[split], seed, split)
+
+def asked(change, task, n, seed, split):
+    model, tok = base()
+    att = attach_change(model, change) if change else None
+    found = answer_scores(model, tok, WORLD.rows(task, n, split, seed))
+    if att:
+        att.detach()
+    return found
+
+def recovered(found, task, seed, split, steps):
+    "Return the share of the fine-tune's gain that a graft has"
+    was, full = fmean(scores(task, seed, split)), fmean(scores(task, seed, split, steps))
+    return (fmean(found) - was)/max(full - was, .01)
+
+def calibration_error(change, seed, split):
+    "Return the ECE of all tokens of the right answers, each read after the right ones before it"
+    model, tok = base()
+    batch = collate(encode_all(WORLD.rows(TASK, ITEMS[split], split, seed), tok, 'text'),
+                    pad_id(tok))
+    labels = batch.pop('labels')
+    att = attach_change(model, change)
+    with torch.no_grad(), evaluating(model):
+        sure, right = confidence(model(**batch).logits, labels)
+    att.detach()
+    return ece(sure, right)
+
+@lru_cache(8)
+def old_questions():
+    return tuple(s for s in OLD if s in old_skills(data(TASK, n=50)) and s not in (TASK, SECOND))
+
+@lru_cache(8)
+def old_of_the_base(seed, split):
+    return {s: asked(None, s, OLD_ITEMS[split], seed, split) for s in old_questions()}
+
+def forgotten(change, seed, split):
+    "Return the mean fall over the old skills"
+    before = old_of_the_base(seed, split)
+    return fmean(fmean(b) - fmean(asked(change, s, OLD_ITEMS[split], seed, split))
+                 for s, b in before.items())
+
+def run(arm, rate, seed, split, steps):
+    change = graft_of(arm, TASK, rate, seed, steps)
+    found = asked(change, TASK, ITEMS[split], seed, split)
+    was = fmean(scores(TASK, seed, split))
+    out = dict(gain=fmean(found) - was, accuracy=fmean(found), base=was,
+               recovered=recovered(found, TASK, seed, split, steps),
+               ece=calibration_error(change, seed, split),
+               forgetting=forgotten(change, seed, split),
+               items=dict(gain=[x - was for x in found]))
+    if arm == 'full':
+        return out
+    second = graft_of(arm, SECOND, rate, seed, steps)
+    found = asked(second, SECOND, ITEMS[split], seed, split)
+    share = sum(int(m.sum()) for m in region(change).values())/sum(c.numel() for c in change.values())
+    return out | dict(second=recovered(found, SECOND, seed, split, steps), density=share,
+                      overlap=region_overlap(change, second))
+
+def identities():
+    model, _ = base()
+    g = torch.Generator().manual_seed(0)
+    change = {n: torch.randn(model.get_parameter(n).shape, generator=g) for n in graftable(model)}
+    some = keep_largest(DENSITY)(change)
+    count = sum(int(m.sum()) for m in region(some).values())
+    size = sum(c.numel() for c in change.values())
+    outside = {n: c - some[n] for n, c in change.items()}
+    return {'a graft of everything is the change': all(
+                torch.equal(c, change[n]) for n, c in keep_largest(1.)(change).items()),
+            'a graft has as many entries as asked for': count == round(DENSITY*size),
+            'a random graft has as many': count == sum(
+                int(m.sum()) for m in region(at_random(change, TASK, 0)).values()),
+            'what is not grafted is no larger': max(
+                float(c.abs().max()) for c in outside.values()) <= min(
+                float(c[c != 0].abs().min()) for c in some.values() if c.any()),
+            'a region has all of itself and nothing of the rest': (
+                region_overlap(some, some) == 1 and region_overlap(some, outside) == 0)}
