@@ -4,8 +4,8 @@ from functools import lru_cache
 from statistics import fmean
 import torch
 from ftlab.adapters.edit import attach_change
-from ftlab.adapters.merging.grafting import (PlainDescent, graftable, keep_largest, largest,
-                                             learned_graft, region, region_overlap)
+from ftlab.adapters.merging.grafting import (PlainDescent, graftable, largest, learned_graft,
+                                             region, region_overlap)
 from ftlab.core.batches import collate
 from ftlab.core.data import data
 from ftlab.core.loading import load
@@ -51,12 +51,16 @@ def at_random(change, task, seed):
     drawn = largest({n: torch.rand(c.shape, generator=g) for n, c in change.items()}, DENSITY)
     return {n: change[n].where(mask, 0) for n, mask in drawn.items()}
 
+def by_magnitude(change, density=DENSITY):
+    "Return the graft of the entries that moved most"
+    return {n: change[n].where(mask, 0) for n, mask in largest(change, density).items()}
+
 def graft_of(arm, task, rate, seed, steps):
     change = tuned(task, seed, steps)
     if arm == 'learned':
         return learned(task, rate, seed, steps)
     if arm == 'magnitude':
-        return keep_largest(DENSITY)(change)
+        return by_magnitude(change)
     return at_random(change, task, seed) if arm == 'random' else change
 
 @lru_cache(64)
@@ -124,12 +128,12 @@ def identities():
     model, _ = base()
     g = torch.Generator().manual_seed(0)
     change = {n: torch.randn(model.get_parameter(n).shape, generator=g) for n in graftable(model)}
-    some = keep_largest(DENSITY)(change)
+    some = by_magnitude(change)
     count = sum(int(m.sum()) for m in region(some).values())
     size = sum(c.numel() for c in change.values())
     outside = {n: c - some[n] for n, c in change.items()}
     return {'a graft of everything is the change': all(
-                torch.equal(c, change[n]) for n, c in keep_largest(1.)(change).items()),
+                torch.equal(c, change[n]) for n, c in by_magnitude(change, 1.).items()),
             'a graft has as many entries as asked for': count == round(DENSITY*size),
             'a random graft has as many': count == sum(
                 int(m.sum()) for m in region(at_random(change, TASK, 0)).values()),
