@@ -120,7 +120,8 @@ def run(arm, rate, seed, split, steps):
         return out
     second = graft_of(arm, SECOND, rate, seed, steps)
     found = asked(second, SECOND, ITEMS[split], seed, split)
-    share = sum(int(m.sum()) for m in region(change).values())/sum(c.numel() for c in change.values())
+    inside = sum(int(m.sum()) for m in region(change).values())
+    share = inside/sum(c.numel() for c in change.values())
     return out | dict(second=recovered(found, SECOND, seed, split, steps), density=share,
                       overlap=region_overlap(change, second))
 

@@ -208,7 +208,8 @@ class search:
     bias:float=10.
 
     def __call__(self, params, settings) -> Grafting:
-        return Grafting(params, settings, self.change, self.density, self.rate, self.start, self.bias)
+        return Grafting(params, settings, self.change, self.density, self.rate, self.start,
+                        self.bias)
 
     def __repr__(self):
         return f'search({self.density}, {self.rate}, {self.start}, {self.bias})'
