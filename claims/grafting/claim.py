@@ -79,7 +79,7 @@ def asked(change, task, n, seed, split):
 def recovered(found, task, seed, split, steps):
     "Return the share of the fine-tune's gain that a graft has"
     was, full = fmean(scores(task, seed, split)), fmean(scores(task, seed, split, steps))
-    return (fmean(found) - was)/max(full - was, .01)
+    return (fmean(found) - was)/max(full - was, .05)
 
 def calibration_error(change, seed, split):
     "Return the ECE of all tokens of the right answers, each read after the right ones before it"
