@@ -1,5 +1,5 @@
-"""Grafts of one hundredth of the weights onto a half-trained lab-s: learned, the entries that moved
-most, random ones, and all of the change"""
+"""Grafts of one hundredth of the weights onto a half-trained lab-s, for two skills: learned, ranked
+in one step, the entries that moved most, random ones, and all of the change"""
 from functools import lru_cache
 from statistics import fmean
 import torch
@@ -18,7 +18,7 @@ from ftlab.lab.models import old_skills
 from ftlab.lab.world import OLD
 from ftlab.trainers.fit import fit
 
-TASK, SECOND = 'refuse', 'tool'  # the half-trained model gets about half of both right
+TASKS = ('refuse', 'tool') # the half-trained model gets about half of both right
 RATE = .3         # of plain SGD, which the paper's code uses
 DENSITY = .01     # of all weights but the embedding, which is also the head
 ITEMS = dict(validation=100, test=300)
@@ -45,9 +45,19 @@ def learned(task, rate, seed, steps):
               progress=False)
     return {n: c.clone() for n, c in run.delta.tensors().items()}
 
+@lru_cache(8)
+def in_one_step(task, seed, steps):
+    """Return a graft by the gradient at the base: as many rows as `learned` reads, in one step so
+    long that the entries that it would help most enter the region"""
+    model, tok = base()
+    recipe = learned_graft(tuned(task, seed, steps), DENSITY, rate=10.)
+    run = fit(model, tok, data(task, seed=seed, n=2000), recipe, steps=1, batch_size=32*steps,
+              seed=seed + 1, progress=False)
+    return {n: c.clone() for n, c in run.delta.tensors().items()}
+
 def at_random(change, task, seed):
     "Return a graft of as many entries, drawn evenly, and for each task anew"
-    g = torch.Generator().manual_seed(2*seed + (task == SECOND))
+    g = torch.Generator().manual_seed(2*seed + TASKS.index(task))
     drawn = largest({n: torch.rand(c.shape, generator=g) for n, c in change.items()}, DENSITY)
     return {n: change[n].where(mask, 0) for n, mask in drawn.items()}
 
@@ -59,6 +69,8 @@ def graft_of(arm, task, rate, seed, steps):
     change = tuned(task, seed, steps)
     if arm == 'learned':
         return learned(task, rate, seed, steps)
+    if arm == 'once':
+        return in_one_step(task, seed, steps)
     if arm == 'magnitude':
         return by_magnitude(change)
     return at_random(change, task, seed) if arm == 'random' else change
@@ -76,15 +88,10 @@ def asked(change, task, n, seed, split):
         att.detach()
     return found
 
-def recovered(found, task, seed, split, steps):
-    "Return the share of the fine-tune's gain that a graft has"
-    was, full = fmean(scores(task, seed, split)), fmean(scores(task, seed, split, steps))
-    return (fmean(found) - was)/max(full - was, .05)
-
 def calibration_error(change, seed, split):
     "Return the ECE of all tokens of the right answers, each read after the right ones before it"
     model, tok = base()
-    batch = collate(encode_all(WORLD.rows(TASK, ITEMS[split], split, seed), tok, 'text'),
+    batch = collate(encode_all(WORLD.rows(TASKS[0], ITEMS[split], split, seed), tok, 'text'),
                     pad_id(tok))
     labels = batch.pop('labels')
     att = attach_change(model, change)
@@ -95,7 +102,7 @@ def calibration_error(change, seed, split):
 
 @lru_cache(8)
 def old_questions():
-    return tuple(s for s in OLD if s in old_skills(data(TASK, n=50)) and s not in (TASK, SECOND))
+    return tuple(s for s in OLD if s in old_skills(data(TASKS[0], n=50)) and s not in TASKS)
 
 @lru_cache(8)
 def old_of_the_base(seed, split):
@@ -107,23 +114,29 @@ def forgotten(change, seed, split):
     return fmean(fmean(b) - fmean(asked(change, s, OLD_ITEMS[split], seed, split))
                  for s, b in before.items())
 
+def measured(arm, task, change, seed, split, steps):
+    "Return what a graft is worth on its task, beside the base and the fine-tune"
+    was, full = scores(task, seed, split), scores(task, seed, split, steps)
+    found = full if arm == 'full' else asked(change, task, ITEMS[split], seed, split)
+    gain, of = fmean(found) - fmean(was), fmean(full) - fmean(was)
+    return dict(accuracy=fmean(found), gain=gain, recovered=gain/max(of, .05),
+                performance=fmean(found)/fmean(full), items=[x - y for x, y in zip(found, was)])
+
 def run(arm, rate, seed, split, steps):
-    change = graft_of(arm, TASK, rate, seed, steps)
-    found = asked(change, TASK, ITEMS[split], seed, split)
-    was = fmean(scores(TASK, seed, split))
-    out = dict(gain=fmean(found) - was, accuracy=fmean(found), base=was,
-               recovered=recovered(found, TASK, seed, split, steps),
-               ece=calibration_error(change, seed, split),
-               forgetting=forgotten(change, seed, split),
-               items=dict(gain=[x - was for x in found]))
-    if arm == 'full':
-        return out
-    second = graft_of(arm, SECOND, rate, seed, steps)
-    found = asked(second, SECOND, ITEMS[split], seed, split)
-    inside = sum(int(m.sum()) for m in region(change).values())
-    share = inside/sum(c.numel() for c in change.values())
-    return out | dict(second=recovered(found, SECOND, seed, split, steps), density=share,
-                      overlap=region_overlap(change, second))
+    grafts = {t: graft_of(arm, t, rate, seed, steps) for t in TASKS}
+    found = {t: measured(arm, t, c, seed, split, steps) for t, c in grafts.items()}
+    first, second = grafts.values()
+    inside = [sum(int(m.sum()) for m in region(c).values()) for c in grafts.values()]
+    out = {k: fmean(f[k] for f in found.values())
+           for k in ('accuracy', 'gain', 'recovered', 'performance')}
+    for t, f in found.items():
+        out |= {t: f['recovered'], f'{t}_gain': f['gain']}
+    return out | dict(least_gain=min(f['gain'] for f in found.values()),
+                      ece=calibration_error(first, seed, split),
+                      forgetting=forgotten(first, seed, split),
+                      density=max(inside)/sum(c.numel() for c in first.values()),
+                      overlap=region_overlap(first, second),
+                      items=dict(gain=sum((f['items'] for f in found.values()), [])))
 
 def identities():
     model, _ = base()
@@ -137,7 +150,7 @@ def identities():
                 torch.equal(c, change[n]) for n, c in by_magnitude(change, 1.).items()),
             'a graft has as many entries as asked for': count == round(DENSITY*size),
             'a random graft has as many': count == sum(
-                int(m.sum()) for m in region(at_random(change, TASK, 0)).values()),
+                int(m.sum()) for m in region(at_random(change, TASKS[0], 0)).values()),
             'what is not grafted is no larger': max(
                 float(c.abs().max()) for c in outside.values()) <= min(
                 float(c[c != 0].abs().min()) for c in some.values() if c.any()),

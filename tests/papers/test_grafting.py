@@ -146,7 +146,7 @@ def test_overlap_is_a_share_of_the_second():
 
 
 @pytest.mark.parametrize('setting, value', [('density', 0.), ('density', 1.5), ('start', 0.), ('rate', -1.),
-                                            ('rate', float('inf')), ('bias', 0.)])
+                                            ('rate', float('inf')), ('bias', 0.), ('density', True), ('rate', None)])
 def test_settings_out_of_range_are_named(setting, value):
     for make in (grafting, lambda **k: learned_graft(dict(a=torch.ones(2)), **k)):
         with pytest.raises(ValueError, match=f'{setting} is {value}'):
@@ -161,6 +161,38 @@ def test_other_inputs_that_make_no_sense():
         grafting(optimizer='muon')
     with pytest.raises(ValueError, match='it must be a change'):
         learned_graft([torch.ones(2)])
+    with pytest.raises(ValueError, match="density is 'x'"):
+        keep_largest('x')(dict(a=torch.ones(2)))
+    with pytest.raises(ValueError, match='moves no entry'):
+        learned_graft(dict(a=torch.zeros(2)))
+    with pytest.raises(ValueError, match="change of 'b' is not finite"):
+        learned_graft(dict(a=torch.ones(2), b=torch.tensor([1., float('nan')])))
+    with pytest.raises(ValueError, match='no tensor is in both'):
+        region_overlap(dict(a=torch.ones(2)), dict(b=torch.ones(2)))
+
+
+def test_a_change_of_another_model_is_refused():
+    change = change_of(toy())
+    name = next(n for n, c in change.items() if c.dim() == 2)
+    change[name] = torch.ones(3, 5)
+    with pytest.raises(ValueError, match=r'is \(3, 5\) in the change and \(32, 32\) in the model'):
+        fit(toy(), TOK, lab_data(), learned_graft(change, .1), steps=1, **QUIET)
+
+
+def test_a_mask_of_bfloat16_is_kept_in_float32():
+    model = toy().bfloat16()
+    change = {n: c.bfloat16() for n, c in change_of(toy()).items()}
+    step = Grafting(dict(model.named_parameters()), SimpleNamespace(backward=None), change)
+    assert all(s.dtype == torch.float32 for s in step.S.values())
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_search_that_starts_with_the_whole_region_ends_at_once():
+    "With `start=1` there is nothing left to learn: the graft by magnitude"
+    change = change_of(toy())
+    run = fit(toy(), TOK, lab_data(), learned_graft(change, .1, start=1.), steps=4, **QUIET)
+    assert len(run.log) == 1
+    assert same(region(run.delta.tensors()), region(keep_largest(.1)(change)))
 
 
 def test_a_run_leaves_a_region_of_the_size_asked_for():
@@ -234,4 +266,19 @@ def test_it_resumes(tmp_path):
     cut = fit(toy(), TOK, lab_data(), grafting(.1, rate=.05), callbacks=(Cut(),), **more)
     assert cut.interrupted
     again = fit(toy(), TOK, lab_data(), grafting(.1, rate=.05), resume=True, **more)
+    assert same(weights(again.model), weights(whole.model))
+
+
+def test_a_graft_alone_resumes(tmp_path):
+    recipe = learned_graft(change_of(toy()), .1, rate=.05)
+    whole = fit(toy(), TOK, lab_data(), recipe, steps=4, **QUIET)
+
+    class Cut:
+        def after_step(self, state):
+            if state.step == 2:
+                state.stop = 'by hand'
+
+    more = dict(steps=4, out=tmp_path, save_every=1, **QUIET)
+    assert fit(toy(), TOK, lab_data(), recipe, callbacks=(Cut(),), **more).interrupted
+    again = fit(toy(), TOK, lab_data(), recipe, resume=True, **more)
     assert same(weights(again.model), weights(whole.model))

@@ -21,9 +21,9 @@ from ...core.recipe import Recipe, Stages
 from ...trainers.step import Backprop, NotFinite
 
 # %% auto #0
-__all__ = ['WHY', 'STEPS', 'graftable', 'how_many', 'largest', 'keep_largest', 'region', 'region_overlap', 'Grafting',
-           'check_settings', 'unit_of', 'these_weights', 'search', 'learned_graft', 'PlainDescent', 'graft_what_moved',
-           'grafting']
+__all__ = ['WHY', 'STEPS', 'graftable', 'is_number', 'how_many', 'largest', 'keep_largest', 'region', 'region_overlap',
+           'Grafting', 'check_settings', 'check_shapes', 'check_moved', 'at_least_float32', 'unit_of', 'these_weights',
+           'search', 'learned_graft', 'PlainDescent', 'graft_what_moved', 'grafting']
 
 # %% ../../../nbs/adapters/merging/grafting.ipynb #grafting-region
 def graftable(model, batches=None, seed=0) -> dict[str, bool]:
@@ -31,11 +31,15 @@ def graftable(model, batches=None, seed=0) -> dict[str, bool]:
     parts = {n: part for n, (_, part, _) in anatomy(model).locations.items()}
     return {n: True for n, part in parts.items() if part not in ('embedding', 'head')}
 
+def is_number(x) -> bool:
+    "Return whether `x` is a number, which True and False are not"
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
 def how_many(changes:Mapping[str, Tensor], # by name
              density:float # the share of their entries, in (0, 1]
             ) -> int:
     "Return how many entries a region has, at least 1. Raises `ValueError` for another `density`"
-    if isinstance(density, bool) or not 0 < density <= 1:
+    if not is_number(density) or not 0 < density <= 1:
         raise ValueError(f'density is {density!r}; it must be above 0 and at most 1')
     return max(1, round(density*sum(c.numel() for c in changes.values())))
 
@@ -63,9 +67,12 @@ def region(change:Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def region_overlap(a:Mapping[str, Tensor], b:Mapping[str, Tensor] # changes, or masks
                   ) -> float: # 0: disjoint; 1: `a` has all of `b`
-    """Compute the share of the region of `b` that is also in that of `a`. Raises `ValueError` if
-    `b` is empty, or for tensors of one name and two shapes"""
+    """Compute the share of the region of `b` that is also in that of `a`. Raises `ValueError` if `b`
+    is empty, if no name is in both, or for tensors of one name and two shapes"""
     check_changes(dict(a=a, b=b))
+    if not a.keys() & b.keys():
+        raise ValueError(f'a has {sorted(a)[:1]} and b has {sorted(b)[:1]}, and no tensor is in both; '
+                         'they must be changes of one model')
     size = sum(int((t != 0).sum()) for t in b.values())
     if not size:
         raise ValueError('the region of b is empty, so there is no share of it')
@@ -74,19 +81,21 @@ def region_overlap(a:Mapping[str, Tensor], b:Mapping[str, Tensor] # changes, or 
 # %% ../../../nbs/adapters/merging/grafting.ipynb #grafting-step
 class Grafting:
     """Descend on the mask of a graft; the weights are base plus mask times change. The last step leaves
-    the rounded mask on the model. Raises `ValueError` for settings out of range"""
+    the rounded mask on the model. Raises `ValueError` for settings out of range, and for a change whose
+    shapes are not the model's"""
     def __init__(self, params:Mapping[str, nn.Parameter], # at the base's values; those in `change` are grafted
                  settings:SimpleNamespace,     # `backward` alone is used
                  change:Mapping[str, Tensor],  # {name: tuned weight minus base weight}
                  density:float=.01,            # the share of the change's entries in the region
                  rate:float=.2,                # how far S moves in the first step where the region would end
-                 start:float=.1,               # the share of the region that begins as the entries that moved most
+                 start:float=.1,               # the share of the region that begins as the largest; 1: no search
                  bias:float=10.):              # an entry crosses over when its S reaches this
         check_settings(density, rate, start, bias)
         self.params, self.backward, self.rate, self.bias = params, settings.backward, rate, bias
         self.grafted = {n: params[n] for n in change}
         self.before = {n: p.detach().clone() for n, p in self.grafted.items()}
-        self.change = {n: change[n].to(p.device) for n, p in self.grafted.items()}
+        check_shapes(self.grafted, change)
+        self.change = {n: at_least_float32(change[n].to(p.device)) for n, p in self.grafted.items()}
         self.count = how_many(change, density)
         first = largest(self.change, start*density)
         self.sign = {n: 1. - 2.*mask for n, mask in first.items()} # -1 in the first region
@@ -170,13 +179,32 @@ class Grafting:
 
 # %% ../../../nbs/adapters/merging/grafting.ipynb #grafting-unit
 def check_settings(density:float, rate:float, start:float, bias:float) -> None: # as in `Grafting`
-    "Raise `ValueError` for a setting of the search that is out of range"
+    "Raise `ValueError` for a setting of the search that is out of range, or not a number"
     for name, x in dict(density=density, start=start).items():
-        if not 0 < x <= 1:
-            raise ValueError(f'{name} is {x}; it must be above 0 and at most 1')
+        if not is_number(x) or not 0 < x <= 1:
+            raise ValueError(f'{name} is {x!r}; it must be above 0 and at most 1')
     for name, x in dict(rate=rate, bias=bias).items():
-        if not 0 < x < math.inf:
-            raise ValueError(f'{name} is {x}; it must be above 0 and finite')
+        if not is_number(x) or not 0 < x < math.inf:
+            raise ValueError(f'{name} is {x!r}; it must be above 0 and finite')
+
+def check_shapes(params:Mapping[str, nn.Parameter], change:Mapping[str, Tensor]) -> None:
+    "Raise `ValueError` for a tensor of the change that has another shape than the parameter"
+    for n, p in params.items():
+        if change[n].shape != p.shape:
+            raise ValueError(f'{n!r} is {tuple(change[n].shape)} in the change and {tuple(p.shape)} in the '
+                             'model; graft a change onto the base that it was made from')
+
+def check_moved(change:Mapping[str, Tensor]) -> None:
+    "Raise `ValueError` for a change with NaN or infinity in it, and for one that moves nothing"
+    if odd := [n for n, c in change.items() if not c.isfinite().all()]:
+        raise ValueError(f'the change of {odd[0]!r} is not finite; give one of a run that did not break down')
+    if not any(c.any() for c in change.values()):
+        raise ValueError('the change moves no entry, so there is nothing to graft; give a tuned model\'s, '
+                         'run.delta.tensors(), before it is detached')
+
+def at_least_float32(x:Tensor) -> Tensor:
+    "Return a tensor of bfloat16 or float16 as float32; near the bias they would round small steps away"
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def unit_of(slope:Mapping[str, Tensor], # gradients, by name
             count:int                   # how many entries the region has
@@ -217,10 +245,13 @@ class search:
 def learned_graft(change:Mapping[str, Tensor], # {name: tuned weight minus base weight}; all of it may be grafted
                   density:float=.01, rate:float=.2, start:float=.1, bias:float=10. # as in `Grafting`
                  ) -> Recipe:
-    """Learn which entries of a change to graft onto its base, with all weights fixed; `fit` the base by it.
-    Raises `ValueError` for anything that is not a change, and for settings out of range"""
+    """Learn which entries of a change to graft onto its base, with all weights fixed; `fit` the base by it,
+    without the change on it: this cannot be seen from here. `rate` stands for the `lr` of `fit`.
+    Raises `ValueError` for anything that is not a change, for one that moves nothing or is not
+    finite, and for settings out of range"""
     check_changes(dict(change=change))
     check_settings(density, rate, start, bias)
+    check_moved(change)
     return Recipe(Method('learned graft', waives=WHY), select=these_weights(tuple(change)),
                   step=search(change, density, rate, start, bias))
 
