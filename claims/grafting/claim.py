@@ -21,8 +21,8 @@ from ftlab.trainers.fit import fit
 TASKS = ('refuse', 'tool') # the half-trained model gets about half of both right
 RATE = .3         # of plain SGD, which the paper's code uses
 DENSITY = .01     # of all weights but the embedding, which is also the head
-ITEMS = dict(validation=100, test=300)
-OLD_ITEMS = dict(validation=10, test=10)
+ITEMS = dict(validation=100, test=200) # of each skill
+OLD_ITEMS = dict(validation=5, test=5)
 
 def base():
     return load('lab-s', revision='step-250')
