@@ -45,7 +45,7 @@ class Prompt(NamedTuple):
     y:Tensor # [n, k]
 
 # %% ../../../nbs/evaluators/mechanisms/conjugate_prompting.ipynb #conjugate-prompting-11
-def mixture(seed:int=0, m:int=16, d:int=3, **settings) -> Mixture: # settings: sigma, share
+def mixture(seed:int=0, m:int=8, d:int=4, **settings) -> Mixture: # settings: sigma, share
     "Draw the `m` weight vectors of D_disc in `d` dimensions from a standard normal distribution"
     return Mixture(torch.randn(m, d, generator=torch.Generator().manual_seed(seed)), **settings)
 
@@ -53,7 +53,7 @@ def draw(world:Mixture,
          n:int,             # how many prompts
          share:float|None=None, # of D_disc: 1 for D_disc alone, 0 for D_cont alone; None: the mixture's
          seed:int|torch.Generator=0,
-         pairs:int=8        # of a prompt
+         pairs:int=10       # of a prompt
         ) -> tuple[Prompt, Tensor]: # the prompts, and their hidden weights [n, d]
     "Draw prompts of the mixture. Raises `ValueError` for a share outside 0 to 1"
     share = world.share if share is None else share
@@ -178,7 +178,7 @@ def train(model:Reader, world:Mixture, share:float, # of D_disc
           steps:int,
           seed:int=0,        # of the prompts
           batch_size:int=64, # prompts a step, drawn anew in each
-          pairs:int=8
+          pairs:int=10
          ) -> Reader:
     "Train `model` in place on the squared error of its estimates, and return it"
     g = torch.Generator().manual_seed(seed)
