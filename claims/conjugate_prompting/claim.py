@@ -2,9 +2,10 @@
 fixed ones alone: do scaled labels bring back what the tuning cost on the others?"""
 from functools import cache
 import torch
-from ftlab.evaluators.mechanisms.conjugate_prompting import (Mixture, Prompt, bayes, beliefs, by_ratio, draw,
-                                                             errors, pretrained, rotated, rotation,
-                                                             scaled, shrunk, tuned, ways)
+from ftlab.evaluators.mechanisms.conjugate_prompting import (Mixture, Prompt, bayes, beliefs,
+                                                             by_ratio, draw, errors, pretrained,
+                                                             rotated, rotation, scaled, shrunk,
+                                                             tuned, ways)
 
 N = 1000 # prompts of each kind
 WAYS = ('conjugate', 'shrunk', 'rotated', 'zero', 'scaled_base')
@@ -22,7 +23,8 @@ def run(arm, rate, seed, split, steps) -> dict:
     base, world, (judge, dials, discrete) = asked(seed, split)
     model = tuned(base, world, rate, steps, 2_000_000 + seed)
     by_name, gamma = ways(model, *dials, seed)
-    by_name |= dict(base=base, zero=shrunk(base, 0.), scaled_base=ways(base, *dials, seed)[0]['conjugate'])
+    by_name |= dict(base=base, zero=shrunk(base, 0.))
+    by_name['scaled_base'] = ways(base, *dials, seed)[0]['conjugate']
     cont = {k: errors(ask, *judge) for k, ask in by_name.items()}
     mean = {k: float(v.mean()) for k, v in cont.items()}
     gained = (errors(base, *discrete) - errors(model, *discrete)).mean(1)

@@ -227,8 +227,8 @@ def ways(model:Callable, prompt:Prompt, w:Tensor, seed:int=0) -> tuple[dict[str,
     best gamma"""
     by_gamma = [scaled(model, g) for g in GAMMAS]
     by_factor = [shrunk(model, f) for f in FACTORS]
-    gamma = best_of(by_gamma, prompt, w)
-    found = dict(tuned=model, conjugate=by_gamma[gamma], shrunk=by_factor[best_of(by_factor, prompt, w)],
+    gamma, factor = (best_of(makes, prompt, w) for makes in (by_gamma, by_factor))
+    found = dict(tuned=model, conjugate=by_gamma[gamma], shrunk=by_factor[factor],
                  rotated=rotated(model, rotation(prompt.x.shape[-1], seed)))
     return found, GAMMAS[gamma]
 
@@ -262,10 +262,11 @@ def measured(base:Reader, model:Reader, world:Mixture,
     discrete = draw(world, n, 1., seeds[2])
     asked, gamma = ways(model, other, its_w, seeds[0])
     again, _ = ways(base, other, its_w, seeds[0])
-    asked |= dict(base=base, base_scaled=again['conjugate'], zero=shrunk(base, 0.), bayes=bayes(world))
+    asked |= dict(base=base, base_scaled=again['conjugate'], zero=shrunk(base, 0.),
+                  bayes=bayes(world))
     found = {k: errors(ask, prompt, w) for k, ask in asked.items()}
     values = {f'{k}.cont': v.mean() for k, v in found.items()}
-    values |= {f'{k}.disc': errors(ask, *discrete).mean() for k, ask in (('base', base), ('tuned', model))}
+    values |= {f'{k}.disc': errors(asked[k], *discrete).mean() for k in ('base', 'tuned')}
     groups = by_ratio(found['tuned'] - found['base'], beliefs(world, prompt).ratio)
     return Evidence(values | dict(gamma=gamma, rise=groups.tolist()),
                     dict(cont='squared error', disc='squared error', gamma='factor', rise='squared error'))
