@@ -1,4 +1,5 @@
 "The exact predictor beside scikit-learn, torch's distributions and brute force; what transforms must undo; errors"
+from copy import deepcopy
 import math
 import pytest
 import torch
@@ -9,7 +10,7 @@ from ftlab.evaluators.mechanisms.conjugate_prompting import (Mixture, Prompt, Re
                                                              beliefs, by_ratio, conjugate, draw,
                                                              errors, measured, mixture, pretrained,
                                                              rotated, rotation, scaled, shrunk,
-                                                             tuned, ways)
+                                                             train, tuned, ways)
 from ftlab.instruments.claims import named_claim, script_of
 
 WORLD = mixture(3, m=5, d=3, sigma=.6, share=.4)
@@ -104,6 +105,25 @@ def test_a_skew_is_mostly_undone_by_scaled_labels_and_not_by_a_rotation():
     assert left['scaled'] < .3 and abs(left['rotated'] - 1) < .25
 
 
+def test_in_the_setting_of_the_claim_the_second_contrast_can_go_either_way():
+    world = mixture(3)
+    prompt, w = draw(world, 1500, 0., seed=53)
+    base, ratio = errors(bayes(world), prompt, w), beliefs(world, prompt).ratio
+    rise = {s: by_ratio(errors(bayes(world, s), prompt, w) - base, ratio)/base.mean()
+            for s in (.9, 1 - 1e-4, 1.)}
+    assert rise[.9][-1] == max(rise[.9]) and rise[.9][-1] - rise[.9][0] > .1
+    assert rise[1 - 1e-4][2] == max(rise[1 - 1e-4]) and rise[1 - 1e-4][0] == min(rise[1 - 1e-4])
+    assert rise[1.][0] - rise[1.][-1] > 1
+
+
+def test_many_pairs_and_one_fixed_vector_are_no_trouble():
+    prompt, w = draw(WORLD, 2, 1., 3, 20_000)
+    known = beliefs(WORLD, prompt)
+    assert all(v.isfinite().all() for v in known) and near(known.discrete[:, -1], w)
+    one = Mixture(WORLD.tasks[:1])
+    assert (beliefs(one, PROMPT).discrete == one.tasks[0]).all()
+
+
 def test_texts_can_be_transformed_too():
     order = []
     loud = conjugate(lambda p: order.append(p) or p[::-1], str.upper, str.lower)
@@ -133,8 +153,12 @@ def test_tuning_leaves_the_base_alone_and_learns_the_fixed_tasks():
     before = torch.get_rng_state()
     base, world = pretrained(5, 20)
     assert torch.equal(before, torch.get_rng_state()) and pretrained(5, 20)[0] is base
+    assert pretrained(seed=5, steps=20)[0] is pretrained(5, steps=20)[0] is base
     was = [p.clone() for p in base.parameters()]
     model = tuned(base, world, 3e-3, 30)
+    with torch.no_grad():
+        again = tuned(deepcopy(base).requires_grad_(False), world, 3e-3, 30)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
     assert all(map(torch.equal, was, base.parameters()))
     discrete = draw(world, 200, 1., 8)
     assert errors(model, *discrete).mean() < errors(base, *discrete).mean()
@@ -168,7 +192,7 @@ def test_the_claim_measures_what_it_says(monkeypatch):
     out = claim.run('tuned', 3e-3, 21, 'test', 20)
     assert out['gain'] == pytest.approx(sum(out['items']['gain'])/80, abs=1e-4)
     made = claim.derive(dict(tuned=out))
-    assert made['near'] == dict(harm=out['near'])
+    assert made['near'] == dict(harm=out['near']) and made['others']['harm'] >= out['far']
     assert made['shrunk'] == dict(left=out['left_shrunk'])
     judge, dials, discrete = claim.asked(21, 'test')[2]
     ours = [p.x for p, _ in (judge, dials, discrete)] + [claim.asked(21, 'validation')[2][0][0].x]
@@ -177,9 +201,39 @@ def test_the_claim_measures_what_it_says(monkeypatch):
 
 @pytest.mark.parametrize('call, said', [
     (lambda: draw(WORLD, 3, 1.5), 'from 0 to 1'),
+    (lambda: draw(WORLD, 0), 'n is 0'),
+    (lambda: draw(WORLD, 3, pairs=0), 'pairs is 0'),
+    (lambda: bayes(WORLD, 1.5), 'share is 1.5'),
+    (lambda: Mixture(WORLD.tasks, share=-.1), 'share is -0.1'),
+    (lambda: Mixture(WORLD.tasks, 0.), 'sigma is 0.0'),
+    (lambda: Mixture(WORLD.tasks, -.5), 'sigma is -0.5'),
+    (lambda: Mixture(WORLD.tasks, math.nan), 'sigma is nan'),
+    (lambda: Mixture(WORLD.tasks[0]), r'tasks has shape \[3\]'),
+    (lambda: Mixture([[1., 2.]]), r'tasks has shape \[\]'),
+    (lambda: mixture(0, m=0), r'tasks has shape \[0, 4\]'),
+    (lambda: beliefs(WORLD, Prompt(PROMPT.x, PROMPT.y[:, :1])), r'labels \[40, 1\]'),
+    (lambda: beliefs(WORLD, Prompt(PROMPT.x, PROMPT.y[:1])), r'labels \[1, 6\]'),
+    (lambda: beliefs(WORLD, Prompt(PROMPT.x[..., :2], PROMPT.y)), r'must be \[n, k, 3\]'),
+    (lambda: bayes(WORLD)(Prompt(PROMPT.x[:, :0], PROMPT.y[:, :0])), 'at least one prompt'),
+    (lambda: Reader(4)(PROMPT), r'must be \[n, k, 4\]'),
+    (lambda: Reader(3)(Prompt(PROMPT.x, PROMPT.y*math.nan)), 'not finite'),
+    (lambda: Reader(3, 16, 3), 'width is 16 and heads 3'),
+    (lambda: conjugate(str, str.upper, None), 'inverse is None'),
     (lambda: scaled(bayes(WORLD), 0.), 'gamma is 0'),
+    (lambda: scaled(bayes(WORLD), math.inf), 'gamma is inf'),
+    (lambda: scaled(bayes(WORLD), math.nan), 'gamma is nan'),
     (lambda: rotated(bayes(WORLD), torch.ones(3, 3)), 'not orthogonal'),
-    (lambda: by_ratio(torch.ones(3, 2), torch.ones(3, 2)), '3 prompts for 4 groups')])
+    (lambda: rotated(bayes(WORLD), rotation(3)[:2]), 'not orthogonal'),
+    (lambda: rotated(bayes(WORLD), rotation(4))(PROMPT), r'must be \[n, k, 4\]'),
+    (lambda: errors(lambda p: torch.zeros(40, 3), PROMPT, W), r'gave estimates \[40, 3\]'),
+    (lambda: errors(bayes(WORLD), PROMPT, W[:1]), r'w is \[1, 3\]'),
+    (lambda: by_ratio(torch.ones(3, 2), torch.ones(3, 2)), '3 prompts for 4 groups'),
+    (lambda: by_ratio(torch.ones(9, 2), torch.ones(9, 1)), 'the same shape'),
+    (lambda: by_ratio(torch.ones(9, 2), math.nan*torch.ones(9, 2)), 'a number everywhere'),
+    (lambda: by_ratio(torch.ones(9, 2), torch.ones(9, 2), 0), 'groups is 0'),
+    (lambda: ways(lambda p: math.nan*p.x, PROMPT, W), 'diverged'),
+    (lambda: train(Reader(3), WORLD, 1., 1e-3, 0), 'steps is 0'),
+    (lambda: measured(Reader(3), Reader(3), WORLD, (1, 1, 3), 9), 'three different')])
 def test_errors(call, said):
     with pytest.raises(ValueError, match=said):
         call()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ...core.paper import Evidence, study
 
 # %% auto #0
-__all__ = ['GAMMAS', 'FACTORS', 'conjugate', 'Mixture', 'Prompt', 'mixture', 'draw', 'Beliefs', 'beliefs', 'bayes', 'scaled',
-           'errors', 'by_ratio', 'rotated', 'rotation', 'Block', 'Reader', 'train', 'pretrained', 'tuned', 'best_of',
-           'shrunk', 'ways', 'conjugate_prompting', 'measured']
+__all__ = ['GAMMAS', 'FACTORS', 'conjugate', 'Mixture', 'check_share', 'Prompt', 'check_prompt', 'mixture', 'draw', 'Beliefs',
+           'beliefs', 'bayes', 'scaled', 'errors', 'by_ratio', 'rotated', 'rotation', 'Block', 'Reader', 'train',
+           'pretrained', 'tuned', 'best_of', 'shrunk', 'ways', 'conjugate_prompting', 'measured']
 
 # %% ../../../nbs/evaluators/mechanisms/conjugate_prompting.ipynb #conjugate-prompting-6
 def conjugate(ask:Callable,       # prompt -> answer
@@ -26,7 +26,10 @@ def conjugate(ask:Callable,       # prompt -> answer
               inverse:Callable    # answer to the new prompt -> answer to the old one
              ) -> Callable:       # prompt -> answer
     """Return a function that asks about the transformed prompt and transforms the answer back. Prompts and
-    answers may be anything: texts, lists of texts, tensors"""
+    answers may be anything: texts, lists of texts, tensors. Raises `ValueError` if one of the three is no function"""
+    for name, f in dict(ask=ask, transform=transform, inverse=inverse).items():
+        if not callable(f):
+            raise ValueError(f'{name} is {f!r}; it must be a function, and inverse must undo transform')
     def answered(prompt):
         return inverse(ask(transform(prompt)))
     return answered
@@ -34,15 +37,41 @@ def conjugate(ask:Callable,       # prompt -> answer
 # %% ../../../nbs/evaluators/mechanisms/conjugate_prompting.ipynb #conjugate-prompting-10
 @dataclass(frozen=True)
 class Mixture:
-    "The two kinds of task, and how often each is drawn"
+    """The two kinds of task, and how often each is drawn. Raises `ValueError` for tasks of another shape or not
+    finite, for a sigma under .001 (the estimates of ever smaller noise are lost in rounding), and for a share
+    outside 0 to 1"""
     tasks:Tensor      # the weight vectors of D_disc, [m, d]
     sigma:float=.5    # standard deviation of the noise of a label
     share:float=.5    # of D_disc among the prompts
+
+    def __post_init__(self):
+        shape = list(getattr(self.tasks, 'shape', ()))
+        if len(shape) != 2 or 0 in shape or not self.tasks.isfinite().all():
+            raise ValueError(f'tasks has shape {shape}; it must be a tensor of finite numbers of shape '
+                             '[m, d], with at least one vector')
+        if not .001 <= self.sigma < math.inf:
+            raise ValueError(f'sigma is {self.sigma}; it must be a number of at least .001')
+        check_share(self.share)
+
+def check_share(share:float) -> None:
+    "Raise `ValueError` for a share outside 0 to 1"
+    if not 0 <= share <= 1:
+        raise ValueError(f'share is {share}; it must be from 0 to 1')
 
 class Prompt(NamedTuple):
     "Pairs of an input and its label, for n prompts of k pairs"
     x:Tensor # [n, k, d]
     y:Tensor # [n, k]
+
+def check_prompt(prompt:Prompt, d:int) -> None:
+    "Raise `ValueError` unless the prompts have pairs in `d` dimensions, a label for each input, and finite numbers"
+    x, y = prompt
+    if x.ndim != 3 or x.shape[:2] != y.shape or x.shape[-1] != d or 0 in x.shape:
+        raise ValueError(f'prompt has inputs {list(x.shape)} and labels {list(y.shape)}; they must be '
+                         f'[n, k, {d}] and [n, k], with at least one prompt and one pair')
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError('prompt has inputs or labels that are not finite; leave those prompts out')
+
 
 # %% ../../../nbs/evaluators/mechanisms/conjugate_prompting.ipynb #conjugate-prompting-11
 def mixture(seed:int=0, m:int=8, d:int=4, **settings) -> Mixture: # settings: sigma, share
@@ -55,10 +84,12 @@ def draw(world:Mixture,
          seed:int|torch.Generator=0,
          pairs:int=10       # of a prompt
         ) -> tuple[Prompt, Tensor]: # the prompts, and their hidden weights [n, d]
-    "Draw prompts of the mixture. Raises `ValueError` for a share outside 0 to 1"
+    """Draw prompts of the mixture. Raises `ValueError` for a share outside 0 to 1, and without at least one
+    prompt and one pair"""
     share = world.share if share is None else share
-    if not 0 <= share <= 1:
-        raise ValueError(f'share is {share}; it must be from 0 to 1')
+    check_share(share)
+    if not (isinstance(n, int) and isinstance(pairs, int) and n > 0 and pairs > 0):
+        raise ValueError(f'n is {n} and pairs is {pairs}; both must be whole numbers of at least 1')
     g = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     m, d = world.tasks.shape
     discrete = torch.rand(n, 1, generator=g) < share
@@ -76,7 +107,9 @@ class Beliefs(NamedTuple):
     ratio:Tensor    # log likelihood ratio of the labels, D_disc to D_cont, [n, k]
 
 def beliefs(world:Mixture, prompt:Prompt) -> Beliefs:
-    "Compute both means and the likelihood ratio, after each pair, from the pairs up to it"
+    """Compute both means and the likelihood ratio, after each pair, from the pairs up to it. Raises
+    `ValueError` for prompts of another shape"""
+    check_prompt(prompt, world.tasks.shape[1])
     x, y = (v.double() for v in prompt)
     tasks, s2, d = world.tasks.double(), world.sigma**2, x.shape[-1]
     A = (x[..., :, None]*x[..., None, :]).cumsum(1) + s2*torch.eye(d, dtype=x.dtype)
@@ -94,8 +127,10 @@ def beliefs(world:Mixture, prompt:Prompt) -> Beliefs:
 def bayes(world:Mixture,
           share:float|None=None # the share of D_disc that is believed in; None: the true one
          ) -> Callable:         # prompt -> estimates of w [n, k, d]
-    "Return the Bayes predictor: both means, each weighted by the probability of its distribution"
+    """Return the Bayes predictor: both means, each weighted by the probability of its distribution. Raises
+    `ValueError` for a share outside 0 to 1"""
     share = world.share if share is None else share
+    check_share(share)
     prior = torch.logit(torch.tensor(share, dtype=torch.double)).float()
     def ask(prompt):
         known = beliefs(world, prompt)
@@ -105,21 +140,34 @@ def bayes(world:Mixture,
 
 # %% ../../../nbs/evaluators/mechanisms/conjugate_prompting.ipynb #conjugate-prompting-15
 def scaled(ask:Callable, gamma:float) -> Callable:
-    "Return the conjugate of a predictor: labels times `gamma`, estimates divided by it. Raises `ValueError` for 0"
-    if not gamma:
-        raise ValueError('gamma is 0; labels times 0 cannot be undone')
+    """Return the conjugate of a predictor: labels times `gamma`, estimates divided by it. Raises `ValueError`
+    for a gamma whose size is not from 1e-6 to 1e6"""
+    if not 1e-6 <= abs(gamma) <= 1e6:
+        raise ValueError(f'gamma is {gamma}; labels times it cannot be undone: its size must be from 1e-6 to 1e6')
     return conjugate(ask, lambda p: Prompt(p.x, gamma*p.y), lambda w: w/gamma)
 
 @torch.no_grad()
 def errors(ask:Callable, prompt:Prompt, w:Tensor) -> Tensor:
-    "Compute the squared error of a predictor's estimate after each pair, [n, k]"
-    return (ask(prompt) - w[:, None]).square().sum(-1)
+    """Compute the squared error of a predictor's estimate after each pair, [n, k]. Raises `ValueError` for
+    estimates that are not [n, k, d], or weights that are not [n, d]"""
+    check_prompt(prompt, w.shape[-1])
+    found = ask(prompt)
+    if found.shape != prompt.x.shape or w.shape != found[:, 0].shape:
+        raise ValueError(f'ask gave estimates {list(found.shape)} and w is {list(w.shape)}; for these prompts they '
+                         f'must be {list(prompt.x.shape)} and {list(prompt.x[:, 0].shape)}')
+    return (found - w[:, None]).square().sum(-1)
+
 
 # %% ../../../nbs/evaluators/mechanisms/conjugate_prompting.ipynb #conjugate-prompting-19
 def by_ratio(harm:Tensor, ratio:Tensor, groups:int=4) -> Tensor:
     """Average the harm [n, k] in equal groups of prompts by likelihood ratio [n, k], lowest first; the groups
     are formed for each number of pairs by itself, and all k numbers count alike: [groups].
-    Raises `ValueError` if there are fewer prompts than groups"""
+    Raises `ValueError` for two shapes, a ratio that is not a number, and fewer prompts than groups"""
+    if harm.shape != ratio.shape or not harm.numel() or ratio.isnan().any():
+        raise ValueError(f'harm is {list(harm.shape)} and ratio {list(ratio.shape)}; they must have the same '
+                         'shape [n, k], with at least one pair, and the ratio must be a number everywhere')
+    if not (isinstance(groups, int) and groups > 0):
+        raise ValueError(f'groups is {groups}; it must be a whole number of at least 1')
     if len(harm) < groups:
         raise ValueError(f'there are {len(harm)} prompts for {groups} groups; draw more')
     ranked = harm.gather(0, ratio.argsort(0))
@@ -130,10 +178,14 @@ def rotated(ask:Callable,
             Q:Tensor # an orthogonal matrix, [d, d]
            ) -> Callable:
     """Return the conjugate of a predictor under a rotation of the inputs. Raises `ValueError` if
-    `Q` is not orthogonal"""
-    if not torch.allclose(Q@Q.T, torch.eye(len(Q)), atol=1e-4):
+    `Q` is not orthogonal, or the prompts have another number of dimensions"""
+    Q, d = Q.float(), len(Q)
+    if Q.shape != (d, d) or not torch.allclose(Q@Q.T, torch.eye(d), atol=1e-4):
         raise ValueError('Q is not orthogonal: Q @ Q.T must be the identity')
-    return conjugate(ask, lambda p: Prompt(p.x@Q.T, p.y), lambda w: w@Q)
+    def turn(prompt):
+        check_prompt(prompt, d)
+        return Prompt(prompt.x@Q.T, prompt.y)
+    return conjugate(ask, turn, lambda w: w@Q)
 
 def rotation(d:int, seed:int=0) -> Tensor: # [d, d]
     "Draw an orthogonal matrix"
@@ -158,15 +210,19 @@ class Block(nn.Module):
 
 # %% ../../../nbs/evaluators/mechanisms/conjugate_prompting.ipynb #conjugate-prompting-26
 class Reader(nn.Module):
-    "A causal transformer over pairs: prompts of n times k pairs -> estimates of w after each pair, [n, k, d]"
+    """A causal transformer over pairs: prompts of n times k pairs -> estimates of w after each pair, [n, k, d].
+    Raises `ValueError` for a width that the heads cannot share, and for prompts of another shape"""
     def __init__(self, d:int, width:int=64, heads:int=4, layers:int=2):
         super().__init__()
+        if width%heads:
+            raise ValueError(f'width is {width} and heads {heads}; the width must be a multiple of the heads')
         self.register_buffer('upper', torch.triu_indices(d, d))
         self.embed = nn.Linear(2*d + 2 + d*(d + 1)//2, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, d)
 
     def forward(self, prompt:Prompt) -> Tensor:
+        check_prompt(prompt, self.out.out_features)
         x, y = prompt.x, prompt.y[..., None]
         products = x[..., self.upper[0]]*x[..., self.upper[1]]
         h = self.embed(torch.cat([x, y, x*y, products, y**2], -1))
@@ -180,7 +236,10 @@ def train(model:Reader, world:Mixture, share:float, # of D_disc
           batch_size:int=64, # prompts a step, drawn anew in each
           pairs:int=10
          ) -> Reader:
-    "Train `model` in place on the squared error of its estimates, and return it"
+    """Train `model` in place on the squared error of its estimates, and return it. Raises `ValueError` for
+    steps that are not a whole number of at least 1"""
+    if not (isinstance(steps, int) and steps > 0):
+        raise ValueError(f'steps is {steps}; it must be a whole number of at least 1')
     g = torch.Generator().manual_seed(seed)
     opt = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.)
     rise = max(1, steps//10)
@@ -188,18 +247,22 @@ def train(model:Reader, world:Mixture, share:float, # of D_disc
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, height)
     for _ in range(steps):
         prompt, w = draw(world, batch_size, share, g, pairs)
-        loss = (model(prompt) - w[:, None]).square().sum(-1).mean()
         opt.zero_grad()
-        loss.backward()
+        with torch.enable_grad(): # also where the caller wants no gradients
+            loss = (model(prompt) - w[:, None]).square().sum(-1).mean()
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step()
         schedule.step()
     return model
 
-@cache
 def pretrained(seed:int=0, steps:int=2000) -> tuple[Reader, Mixture]:
     """Draw a mixture and train a `Reader` on it. Both are kept while Python runs: copy the model
     before you change it"""
+    return _made(seed, steps)
+
+@cache # told apart by both values, however they are given
+def _made(seed, steps):
     world = mixture(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -207,16 +270,21 @@ def pretrained(seed:int=0, steps:int=2000) -> tuple[Reader, Mixture]:
     return train(model, world, world.share, 5e-3, steps, seed + 1), world
 
 def tuned(base:Reader, world:Mixture, rate:float, steps:int=100, seed:int=0) -> Reader:
-    "Return a copy of `base`, trained further on D_disc alone"
-    return train(deepcopy(base), world, 1., rate, steps, seed)
+    "Return a copy of `base`, trained further on D_disc alone; all of it, also where the base is frozen"
+    return train(deepcopy(base).requires_grad_(), world, 1., rate, steps, seed)
 
 # %% ../../../nbs/evaluators/mechanisms/conjugate_prompting.ipynb #conjugate-prompting-29
 GAMMAS = (1.25, 1.5, 2., 3., 4.)
 FACTORS = (.4, .5, .6, .7, .8, .9, 1.)
 
 def best_of(makes:list[Callable], prompt:Prompt, w:Tensor) -> int:
-    "Return which of several predictors has the smallest error"
-    return min(range(len(makes)), key=lambda i: float(errors(makes[i], prompt, w).mean()))
+    """Return which of several predictors has the smallest error. Raises `ValueError` if one of the errors is
+    not a number"""
+    found = [float(errors(ask, prompt, w).mean()) for ask in makes]
+    if not found or any(map(math.isnan, found)):
+        raise ValueError(f'the errors of the predictors are {found}; each must be a number (has the model '
+                         'diverged? Lower its rate)')
+    return min(range(len(found)), key=found.__getitem__)
 
 def shrunk(ask:Callable, factor:float) -> Callable:
     "Return a predictor whose estimates are multiplied by a constant"
@@ -257,7 +325,10 @@ def measured(base:Reader, model:Reader, world:Mixture,
              seeds:tuple[int, int, int], # of the prompts of D_cont, of those that dials are set on, of D_disc
              n:int=1000                  # prompts of each
             ) -> Evidence:
-    "Measure a base and a tuned model, as `conjugate_prompting` says"
+    """Measure a base and a tuned model, as `conjugate_prompting` says. Raises `ValueError` if two of the seeds
+    are the same: dials would be set on the prompts that they are judged by"""
+    if len(set(seeds)) < 3:
+        raise ValueError(f'seeds is {seeds}; they must be three different ones')
     (prompt, w), (other, its_w) = (draw(world, n, 0., s) for s in seeds[:2])
     discrete = draw(world, n, 1., seeds[2])
     asked, gamma = ways(model, other, its_w, seeds[0])
