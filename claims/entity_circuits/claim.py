@@ -1,15 +1,21 @@
 """lab-l after 2,214 steps of pretraining, and after 100 more on boxes and moves: is the base's
 circuit the tuned model's, and do its head outputs carry the gain into the base?"""
+from functools import cache
 import ftlab
-from ftlab.evaluators.mechanisms.entity_circuits import (box_accuracy, box_prompts,
+from ftlab.evaluators.mechanisms.entity_circuits import (base_circuit, box_accuracy, box_prompts,
                                                          circuit_accuracy,
                                                          cmap_accuracy, entity_circuits)
 from ftlab.evaluators.patching import all_heads, mean_activations
 
+@cache
+def circuit(seed): # the same at each rate
+    return base_circuit(*ftlab.load('lab-l', revision='step-2214'), seed)
+
 def run(arm, rate, seed, split, steps) -> dict:
     "All measures of one tuned model; the other arms are derived. The seed draws data, prompts, controls"
     masks = 60 if split == 'test' else 0 # no rate is chosen by them, and they are most of the time
-    v = entity_circuits(seed, rate=rate, steps=steps, masks=masks).values
+    v = entity_circuits(seed, rate=rate, steps=steps, masks=masks,
+                        groups=circuit(seed)).values
     gain = v['tuned.accuracy'] - v['base.accuracy']
     share = lambda cmap: (cmap - v['base.accuracy'])/gain if gain > 0 else 0.
     out = dict(accuracy=v['tuned.accuracy'], gain=gain, heads=v['base.heads'],

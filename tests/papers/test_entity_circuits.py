@@ -3,8 +3,8 @@ import pytest, torch
 from ftlab.core.loading import load
 from ftlab.evaluators.mechanisms.entity_circuits import (
     GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
-    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, other_tokens, property_mask, pruned,
-                                                         random_groups)
+    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, other_tokens, path_scores,
+    property_mask, pruned, random_groups)
 from ftlab.evaluators.circuits import circuit_logits, probability
 from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
 from toys import TOK, toy
@@ -76,6 +76,28 @@ def test_groups_are_found_backwards_and_pruned():
     heads = groups['fetcher'] or [Site('head', 0, 0)]
     mask = property_mask(model, tok, heads, 'last', 'position', n=4, boxes=3, steps=2)
     assert 0 <= mask.accuracy <= 1 and len(mask.losses) == 2
+
+
+def test_a_prompt_with_a_wrong_answer_does_not_decide_which_heads_matter():
+    model, tok = load('lab-s')
+    p = box_prompts(tok, 3, 0, 3)
+    places = torch.arange(3), p.labels
+
+    class Paths: # head 0 of block 0 matters in the two prompts that are right, and helps in the wrong one
+        def __init__(self):
+            self.model, self.logits = model, self.of(.9, .9, 1e-5)
+
+        def of(self, *right):
+            x = torch.zeros(3, 1, words := len(tok))
+            x[places[0], 0, places[1]] = torch.tensor(right).logit() + torch.tensor(words - 1.).log()
+            return x
+
+        def __call__(self, heads, receivers, at, source_at, read_at):
+            return self.of(.3, .3, .01) if heads == [Site('head', 0, 0)] else self.logits
+
+    scores = path_scores(Paths(), p, p, [], 'last')
+    assert min(scores, key=scores.get) == Site('head', 0, 0)
+    assert abs(scores[Site('head', 0, 0)] - (.61/1.80001 - 1)) < 1e-3
 
 
 @pytest.mark.parametrize('moved', [False, True])

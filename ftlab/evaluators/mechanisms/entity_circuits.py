@@ -27,7 +27,7 @@ from ...trainers.fit import fit
 # %% auto #0
 __all__ = ['GROUPS', 'PROPERTIES', 'Boxes', 'box_prompts', 'box_rows', 'elsewhere', 'corrupted', 'path_scores', 'box_circuit',
            'by_place', 'random_groups', 'box_accuracy', 'other_tokens', 'circuit_accuracy', 'pruned', 'cmap_accuracy',
-           'counterfactual', 'property_mask', 'entity_circuits']
+           'counterfactual', 'property_mask', 'base_circuit', 'entity_circuits']
 
 # %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0006ec7c
 @dataclass(frozen=True, eq=False)
@@ -140,7 +140,7 @@ def path_scores(paths:Paths, prompts:Boxes, source:Boxes, receivers:Sequence[Sit
     at = prompts.at[place]
     patched = {s: right(paths([s], receivers, at, source.at[place], at))
                for s in all_heads(paths.model) if s.block < before}
-    return {s: float((p/clean - 1).mean()) for s, p in patched.items()}
+    return {s: float(p.mean()/clean.mean() - 1) for s, p in patched.items()}
 
 def box_circuit(model:nn.Module, tok,
                 n:int=32,          # prompts
@@ -274,6 +274,21 @@ def property_mask(model:nn.Module, tok, heads:Sequence[Site], place:str, prop:st
     return learn_mask(model, prompts.batch, source.batch, wanted, heads, prompts.at[place],
                       source.at[place], penalty=penalty, steps=steps)
 
+# %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0013ec7c
+def base_circuit(model:nn.Module, tok, seed:int=0, boxes:int=7,
+                 prompts:int=200,                  # a sixth of them for path patching, a quarter for pruning
+                 sizes:Sequence[int]=(8, 4, 6, 4)  # as in `box_circuit`
+                ) -> dict[str, tuple[Site, ...]]:  # {group: heads}
+    "Find the circuit of a base model and prune it, as `entity_circuits` does with this seed"
+    groups = box_circuit(model, tok, max(4, prompts//6), 1000*seed + 1, boxes, sizes=sizes)
+    choose = box_prompts(tok, max(4, prompts//4), 1000*seed + 4, boxes)
+    return pruned(model, choose, groups, _means(model, tok, seed, boxes, prompts))
+
+def _means(model, tok, seed, boxes, prompts) -> dict[Site, Tensor]:
+    "Average all heads over questions about a box that is not there, as the official code does"
+    others = box_prompts(tok, prompts, 1000*seed + 5, boxes, absent=True).batch
+    return mean_activations(model, [others], all_heads(model))
+
 # %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0014ec7c
 @study('Fine-Tuning Enhances Existing Mechanisms: A Case Study on Entity Tracking', '2402.14811',
     'A base model and its fine-tuned versions track entities with the same circuit, by position; the gain comes from '
@@ -290,20 +305,17 @@ def entity_circuits(seed:int=0,
                     prompts:int=200,             # for each measurement; a sixth of them for each run of path patching
                     sizes:Sequence[int]=(8, 4, 6, 4), # as in `box_circuit`
                     controls:int=5,              # random circuits
-                    masks:int=60                 # steps of each learned mask; 0: none
+                    masks:int=60,                # steps of each learned mask; 0: none
+                    groups:Mapping[str, Sequence[Site]]|None=None # the circuit; None: `base_circuit`
                    ) -> Evidence:                # '<base, tuned, random, cmap...>.<metric>'
     "Compare the circuit of a base model with what it is in a fine-tuned copy. Raises as `load` and `data` do"
     model, tok = load(base, revision=revision)
     rows = data(task, seed=seed, n=1000) if task else data(box_rows(1600, 1000*seed + 8, boxes))
     tuned = fit(copy.deepcopy(model), tok, rows, steps=steps, batch_size=16, lr=rate, seed=seed,
                 progress=False).model
-    groups = box_circuit(model, tok, max(4, prompts//6), 1000*seed + 1, boxes, sizes=sizes)
+    groups = groups or base_circuit(model, tok, seed, boxes, prompts, sizes)
     test = box_prompts(tok, prompts, 1000*seed + 3, boxes)
-    # as the official code's
-    others = box_prompts(tok, prompts, 1000*seed + 5, boxes, absent=True).batch
-    means = {m: mean_activations(m, [others], all_heads(m)) for m in (model, tuned)}
-    choose = box_prompts(tok, max(4, prompts//4), 1000*seed + 4, boxes)
-    groups = pruned(model, choose, groups, means[model])
+    means = {m: _means(m, tok, seed, boxes, prompts) for m in (model, tuned)}
     values = _compared(model, tuned, test, groups, means)
     values |= _controlled(model, tuned, test, groups, means, controls, seed)
     for prop in PROPERTIES if masks else ():
