@@ -1212,6 +1212,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'ftlab/adapters/yardsticks/prompts.py'),
                                                    'ftlab.adapters.yardsticks.prompts.prompt_tuning': ( 'adapters/yardsticks/prompts.html#prompt_tuning',
                                                                                                         'ftlab/adapters/yardsticks/prompts.py')},
+            'ftlab.beyond.brain.brain_alignment': { 'ftlab.beyond.brain.brain_alignment.brain_alignment': ( 'beyond/brain/brain_alignment.html#brain_alignment',
+                                                                                                            'ftlab/beyond/brain/brain_alignment.py')},
             'ftlab.beyond.brain.elm': { 'ftlab.beyond.brain.elm.ELM': ('beyond/brain/elm.html#elm', 'ftlab/beyond/brain/elm.py'),
                                         'ftlab.beyond.brain.elm.ELM.__init__': ( 'beyond/brain/elm.html#elm.__init__',
                                                                                  'ftlab/beyond/brain/elm.py'),
