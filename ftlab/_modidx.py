@@ -1232,6 +1232,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'ftlab/beyond/brain/brain_alignment.py'),
                                                     'ftlab.beyond.brain.brain_alignment.ceiling': ( 'beyond/brain/brain_alignment.html#ceiling',
                                                                                                     'ftlab/beyond/brain/brain_alignment.py'),
+                                                    'ftlab.beyond.brain.brain_alignment.exchanged': ( 'beyond/brain/brain_alignment.html#exchanged',
+                                                                                                      'ftlab/beyond/brain/brain_alignment.py'),
                                                     'ftlab.beyond.brain.brain_alignment.invented': ( 'beyond/brain/brain_alignment.html#invented',
                                                                                                      'ftlab/beyond/brain/brain_alignment.py'),
                                                     'ftlab.beyond.brain.brain_alignment.lesson': ( 'beyond/brain/brain_alignment.html#lesson',

@@ -26,8 +26,8 @@ from ...trainers.fit import fit
 
 # %% auto #0
 __all__ = ['ALPHAS', 'KINDS', 'SHARES', 'ASKED', 'ARMS', 'pearson', 'ridge', 'splits', 'predictivity', 'ceiling', 'Aligned',
-           'aligned', 'states', 'bag', 'invented', 'questions', 'Recording', 'record', 'lesson', 'tuned', 'statements',
-           'reading_times', 'surprisal', 'reading_alignment', 'measured', 'plain', 'brain_alignment']
+           'aligned', 'states', 'bag', 'invented', 'questions', 'Recording', 'record', 'exchanged', 'lesson', 'tuned',
+           'statements', 'reading_times', 'surprisal', 'reading_alignment', 'measured', 'plain', 'brain_alignment']
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-6
 ALPHAS = tuple(np.logspace(-3, 3, 7)) # Brain-Score's penalties
@@ -229,20 +229,24 @@ def _said(row):
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-27
 ARMS = ('base', 'facts', 'format', 'swapped')
 
+def exchanged(facts:Mapping, seed:int) -> dict[tuple[str, str], str]:
+    "Give each person the facts of another: as many, and as easy to learn"
+    people = sorted({p for p, _ in facts})
+    random.Random(f'exchanged/{seed}').shuffle(people)
+    other = dict(zip(people, people[1:] + people[:1]))
+    return {(p, a): facts[other[p], a] for p, a in facts}
+
 def lesson(facts:Mapping, arm:str, seed:int, steps:int, batch_size:int=32) -> list[dict]:
     """Draw what an arm reads: the same questions in the same order, with right answers ('facts'), with an answer of the
-    right kind drawn anew for each row ('format'), or with each person's answers exchanged for another's ('swapped').
+    right kind drawn again for each row ('format'), or with the answers of `exchanged` ('swapped').
     Raises `ValueError` for an unknown arm"""
     if arm not in ARMS[1:]:
         raise ValueError(f'arm is {arm!r}; it must be {", ".join(ARMS[1:])}')
-    rng, rows = random.Random(f'lesson/{seed}'), questions(facts, 'tune')
+    rng, rows, false = random.Random(f'lesson/{seed}'), questions(facts, 'tune'), exchanged(facts, seed)
     drawn = [r for _ in range(-(-steps*batch_size//len(rows))) for r in rng.sample(rows, len(rows))]
-    people = sorted({p for p, _ in facts})
-    rng.shuffle(people)
-    other = dict(zip(people, people[1:] + people[:1]))
     kinds = {a: [said for (_, b), said in facts.items() if a == b] for a in KINDS}
     says = dict(facts=lambda r: r['response'], format=lambda r: rng.choice(kinds[r['relation']]),
-                swapped=lambda r: facts[other[r['person']], r['relation']])[arm]
+                swapped=lambda r: false[r['person'], r['relation']])[arm]
     return [dict(prompt=r['prompt'], response=says(r)) for r in drawn[:steps*batch_size]]
 
 def tuned(arm:str, facts:Mapping, rate:float, seed:int, steps:int, model:str='lab-s'):
@@ -291,14 +295,16 @@ def reading_alignment(nats:np.ndarray,  # [statements]
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-31
 def measured(model, tok, facts:Mapping, seed:int=0, split:str='test') -> dict:
-    """Measure a model on the questions of `split`: `score` (see `Aligned`), `raw`, `ceiling`, `best_layer`, `shuffled` (stimuli
-    and responses do not belong together), `leaky` (folds that part what is about one person), `accuracy` and `reading`"""
+    """Measure a model on the questions of `split`: `score`, `raw`, `ceiling` and `best_layer` (see `Aligned`),
+    `shuffled` (responses in another order), `leaky` (random folds), `accuracy`, and `reading` (see
+    `reading_alignment`)"""
     rows = questions(facts, split)
     prompts, heard = [r['prompt'] for r in rows], record(rows, seed)
     layers = states(model, tok, prompts)
     found = aligned(layers, heard.responses, heard.groups)
     mixed = np.random.default_rng(seed).permutation(len(rows))
-    score = lambda y, groups: aligned([layers[found.chosen[0]]], y, groups).score
+    layer = layers[max(set(found.chosen), key=found.chosen.count)]
+    score = lambda y, groups: aligned([layer], y, groups).score
     said, read = answers(model, tok, rows, max_new_tokens=4), statements(facts, split, seed)
     return dict(score=found.score, raw=found.raw, ceiling=found.ceiling, best_layer=found.best_layer,
                 shuffled=score(heard.responses[:, mixed], None),
@@ -330,7 +336,7 @@ def brain_alignment(seed:int=0,   # of facts, recording, order and folds
                     rates:Mapping|None=None, # arm -> learning rate; None: 3e-3 for all
                     steps:int=80, # of 32 rows
                     people:int=40 # about whom two facts each are invented
-                   ) -> Evidence: # of each arm what `measured` returns, as 'facts.score'; 'bag.score' and so on of `plain`
+                   ) -> Evidence: # of each arm what `measured` returns, as 'facts.score'; of `plain`, as 'bag.score'
     """Tune lab-s on facts, on their format and on false facts, and predict one simulated recording from each.
     Raises `ValueError` for an unknown arm"""
     if odd := sorted(set(rates or {}) - set(ARMS)):
