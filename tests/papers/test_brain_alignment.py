@@ -109,7 +109,8 @@ def test_lessons_differ_in_their_answers_alone():
     found = {arm: brain.lesson(facts, arm, 1, 20) for arm in brain.ARMS[1:]}
     prompts = [[r['prompt'] for r in rows] for rows in found.values()]
     assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) == 640
-    right = {arm: np.mean([truth[r['prompt']] == r['response'] for r in rows]) for arm, rows in found.items()}
+    right = {arm: np.mean([truth[r['prompt']] == r['response'] for r in rows])
+             for arm, rows in found.items()}
     assert right['facts'] == 1 and right['format'] < .5 and right['swapped'] < .7
     said = {}
     for r in found['swapped']:
@@ -152,7 +153,8 @@ def test_reading_times_follow_the_truth_and_the_letters():
     (lambda: brain.predictivity(np.ones((9, 2)), np.ones((3, 9, 2))), 'average repeats first'),
     (lambda: brain.predictivity(np.full((9, 2), np.nan), np.ones((9, 2))), '9 stimuli have features that are NaN'),
     (lambda: brain.predictivity(np.ones((9, 2)), np.ones((9, 2)), [1, 2]), '2 groups and 9 stimuli'),
-    (lambda: brain.predictivity(np.ones((9, 2)), np.ones((9, 2)), [1]*5 + [2]*4), 'folds is 5 for 2 groups'),
+    (lambda: brain.predictivity(np.ones((9, 2)), np.ones((9, 2)), [1]*5 + [2]*4),
+     'folds is 5 for 2 groups'),
     (lambda: brain.ceiling(np.ones((1, 9, 2))), 'at least 2'),
     (lambda: brain.aligned([], DRAW.normal(size=(2, 9, 2))), 'there is no layer'),
     (lambda: brain.questions({}, 'dev'), "split is 'dev'; it must be tune, validation, test"),

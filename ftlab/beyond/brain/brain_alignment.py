@@ -128,7 +128,8 @@ def aligned(layers:Sequence[np.ndarray], # features of each layer, [stimuli, wid
            ) -> Aligned:
     """Measure linear predictivity: in each fold the layer is chosen by predictivity within the stimuli of the fit.
     Raises `ValueError` as `predictivity` does, without layers, and for a recording whose halves do not agree"""
-    y, most = np.asarray(responses, dtype=float).mean(0), float(np.median(ceiling(responses, seed=seed)))
+    y = np.asarray(responses, dtype=float).mean(0)
+    most = float(np.median(ceiling(responses, seed=seed)))
     if not len(layers) or most <= 0:
         raise ValueError('there is no layer' if not len(layers) else
                          'the ceiling is 0: halves of the repeats do not agree, so there is nothing to predict')
@@ -138,7 +139,8 @@ def aligned(layers:Sequence[np.ndarray], # features of each layer, [stimuli, wid
     within, alone, chosen = [], [[] for _ in layers], []
     for a, b in splits(len(y), groups, folds, seed):
         inner = None if groups is None else np.asarray(groups)[a]
-        fits = [np.median(predictivity(x[a], y[a], inner, 3, seed)) for x in layers] if len(layers) > 1 else [0]
+        fits = [np.median(predictivity(x[a], y[a], inner, 3, seed))
+                for x in layers] if len(layers) > 1 else [0]
         chosen.append(int(np.argmax(fits)))
         for x, found in zip(layers, alone):
             found.append(pearson(ridge(x[a], y[a], x[b]), y[b]))
@@ -159,7 +161,8 @@ def states(model, tok,
         part = ids[i:i + batch_size]
         batch = collate([dict(input_ids=x, labels=x) for x in part], pad_id(tok))
         with evaluating(model):
-            found = model(**to_device(model_inputs(batch), device_of(model)), output_hidden_states=True)
+            found = model(**to_device(model_inputs(batch), device_of(model)),
+                          output_hidden_states=True)
         last = [len(x) - 1 for x in part]
         out.append([h[range(len(part)), last].float().cpu().numpy() for h in found.hidden_states])
     return [np.concatenate(h) for h in zip(*out)]
@@ -242,7 +245,8 @@ def lesson(facts:Mapping, arm:str, seed:int, steps:int, batch_size:int=32) -> li
     Raises `ValueError` for an unknown arm"""
     if arm not in ARMS[1:]:
         raise ValueError(f'arm is {arm!r}; it must be {", ".join(ARMS[1:])}')
-    rng, rows, false = random.Random(f'lesson/{seed}'), questions(facts, 'tune'), exchanged(facts, seed)
+    rng, rows = random.Random(f'lesson/{seed}'), questions(facts, 'tune')
+    false = exchanged(facts, seed)
     drawn = [r for _ in range(-(-steps*batch_size//len(rows))) for r in rng.sample(rows, len(rows))]
     kinds = {a: [said for (_, b), said in facts.items() if a == b] for a in KINDS}
     says = dict(facts=lambda r: r['response'], format=lambda r: rng.choice(kinds[r['relation']]),
@@ -254,8 +258,8 @@ def tuned(arm:str, facts:Mapping, rate:float, seed:int, steps:int, model:str='la
     net, tok = load(model)
     if arm != 'base':
         rows = lesson(facts, arm, seed, steps)
-        fit(net, tok, Data(rows, rows[:1], rows[:1], 'text'), Recipe(), steps=steps, lr=rate, seed=seed,
-            progress=False)
+        fit(net, tok, Data(rows, rows[:1], rows[:1], 'text'), Recipe(), steps=steps, lr=rate,
+            seed=seed, progress=False)
     return net, tok
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-29
@@ -306,11 +310,14 @@ def measured(model, tok, facts:Mapping, seed:int=0, split:str='test') -> dict:
     layer = layers[max(set(found.chosen), key=found.chosen.count)]
     score = lambda y, groups: aligned([layer], y, groups).score
     said, read = answers(model, tok, rows, max_new_tokens=4), statements(facts, split, seed)
-    return dict(score=found.score, raw=found.raw, ceiling=found.ceiling, best_layer=found.best_layer,
+    right = [a.split()[:1] == [r['response']] for a, r in zip(said, rows)]
+    times = reading_times(read, seed)
+    return dict(score=found.score, raw=found.raw, ceiling=found.ceiling,
+                best_layer=found.best_layer,
                 shuffled=score(heard.responses[:, mixed], None),
                 leaky=score(heard.responses, None),
-                accuracy=float(np.mean([a.split()[:1] == [r['response']] for a, r in zip(said, rows)])),
-                reading=reading_alignment(surprisal(model, tok, read), reading_times(read, seed)))
+                accuracy=float(np.mean(right)),
+                reading=reading_alignment(surprisal(model, tok, read), times))
 
 def plain(facts:Mapping, seed:int=0, split:str='test') -> dict[str, float]:
     """Measure what needs no model: the words of the stimulus ('bag'), their number ('length'), and the truth ('truth':
