@@ -26,27 +26,47 @@ from ...trainers.fit import fit
 
 # %% auto #0
 __all__ = ['ALPHAS', 'KINDS', 'SHARES', 'ASKED', 'ARMS', 'pearson', 'ridge', 'splits', 'predictivity', 'ceiling', 'Aligned',
-           'aligned', 'states', 'bag', 'invented', 'questions', 'Recording', 'record', 'exchanged', 'lesson', 'tuned',
-           'statements', 'reading_times', 'surprisal', 'reading_alignment', 'measured', 'plain', 'brain_alignment']
+           'aligned', 'states', 'bag', 'invented', 'questions', 'Recording', 'record', 'exchanged', 'taught', 'lesson',
+           'tuned', 'statements', 'reading_times', 'surprisal', 'reading_alignment', 'measured', 'plain',
+           'brain_alignment']
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-6
 ALPHAS = tuple(np.logspace(-3, 3, 7)) # Brain-Score's penalties
 
 def pearson(x:np.ndarray, y:np.ndarray) -> np.ndarray:
     "Correlate the columns of two arrays [rows, columns]; a constant column gives 0"
-    x, y = x - x.mean(0), y - y.mean(0)
-    size = np.linalg.norm(x, axis=0)*np.linalg.norm(y, axis=0)
-    return np.divide((x*y).sum(0), size, out=np.zeros(x.shape[1]), where=size > 1e-12)
+    return (_unit(x)*_unit(y)).sum(0)
+
+def _unit(x:np.ndarray) -> np.ndarray:
+    "Centre each column and give it length 1, whatever its unit; a constant column becomes 0"
+    out = x - x.mean(0)
+    size = np.linalg.norm(out, axis=0)
+    varies = size > 1e-12*len(x)**.5*np.abs(x).max(0)
+    return np.divide(out, size, out=np.zeros(out.shape), where=varies)
 
 def ridge(train:np.ndarray,  # features of the stimuli that the map is fitted on, [stimuli, width]
           recorded:np.ndarray, # their responses, [stimuli, voxels]
-          test:np.ndarray    # features of other stimuli
+          test:np.ndarray,   # features of other stimuli
+          groups:Sequence|None=None # of the stimuli of the fit; None: each its own
          ) -> np.ndarray:    # [other stimuli, voxels]
-    """Fit a linear map with a ridge penalty of its own for each voxel, chosen by leave-one-out on the stimuli that it
-    is fitted on, and predict the others"""
+    """Fit a linear map with a ridge penalty of its own for each voxel, and predict other stimuli. The penalty is chosen
+    on the stimuli of the fit: by leaving out one at a time, or a third of the groups. Raises `ValueError` for one group"""
     scale = StandardScaler().fit(train)
-    fitted = RidgeCV(ALPHAS, alpha_per_target=True).fit(scale.transform(train), recorded)
-    return fitted.predict(scale.transform(test)).reshape(len(test), -1)
+    x, new = scale.transform(train), scale.transform(test)
+    if groups is None:
+        return RidgeCV(ALPHAS, alpha_per_target=True).fit(x, recorded).predict(new).reshape(len(new), -1)
+    if (n := len(np.unique(groups))) < 2:
+        raise ValueError('all stimuli of a fit are of one group, so no group is left to choose the penalty on; '
+                         'give more groups, or None')
+    missed = sum(((_path(x[a], recorded[a], x[b]) - recorded[b])**2).sum(1)
+                 for a, b in splits(len(x), groups, min(3, n), 0))
+    return _path(x, recorded, new)[missed.argmin(0), :, np.arange(recorded.shape[1])].T
+
+def _path(x:np.ndarray, y:np.ndarray, new:np.ndarray) -> np.ndarray:
+    "Fit with each penalty and predict: [penalties, new stimuli, voxels]"
+    u, d, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    shrunk = d/(d**2 + np.array(ALPHAS)[:, None, None])
+    return y.mean(0) + (((new - x.mean(0))@v.T)*shrunk)@(u.T@(y - y.mean(0)))
 
 def splits(rows:int, groups:Sequence|None, folds:int, seed:int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split rows into training and test parts; rows of one group stay together.
@@ -68,14 +88,15 @@ def predictivity(features:np.ndarray,  # of a model, [stimuli, width]
     over folds. Raises `ValueError` for arrays that do not fit together or are not finite, and for too few groups"""
     x, y = np.asarray(features, dtype=float), np.asarray(responses, dtype=float)
     _check(x, y, groups)
-    return np.mean([pearson(ridge(x[a], y[a], x[b]), y[b])
+    of = lambda a: None if groups is None else np.asarray(groups)[a]
+    return np.mean([pearson(ridge(x[a], y[a], x[b], of(a)), y[b])
                     for a, b in splits(len(x), groups, folds, seed)], axis=0)
 
 def _check(x:np.ndarray, y:np.ndarray, groups:Sequence|None) -> None:
     "Raise `ValueError` for features, responses and groups that do not fit together"
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not x.size*y.size:
         raise ValueError(f'features are {list(x.shape)} and responses {list(y.shape)}; they must be [stimuli, width] '
-                         'and [stimuli, voxels]: average repeats first')
+                         'and [stimuli, voxels], none of them 0: average repeats first')
     if groups is not None and len(groups) != len(x):
         raise ValueError(f'there are {len(groups)} groups and {len(x)} stimuli; give one group per stimulus')
     for name, a in (('features', x), ('responses', y)):
@@ -88,15 +109,18 @@ def ceiling(responses:np.ndarray, # [repeats, stimuli, voxels]
             seed:int=0            # of the halves
            ) -> np.ndarray:       # [voxels], in [0, 1]
     """Estimate how well the noise-free response would correlate with the mean over repeats: the square root of the
-    mean's reliability, from random halves by Spearman and Brown. Raises `ValueError` for fewer than 2 repeats"""
+    mean's reliability, from random halves by Spearman and Brown; halves that disagree count as 0. Raises `ValueError`
+    for fewer than 2 repeats and for responses that are not finite"""
     y = np.asarray(responses, dtype=float)
     if y.ndim != 3 or len(y) < 2:
         raise ValueError(f'responses are {list(y.shape)}; they must be [repeats, stimuli, voxels] with at least 2 '
                          'repeats, or nothing says how much of them is noise')
+    if not np.isfinite(y).all():
+        raise ValueError(f'{int((~np.isfinite(y)).any((0, 2)).sum())} stimuli have responses that are NaN or infinite')
     rng, half, found = np.random.default_rng(seed), len(y)//2, []
     for _ in range(draws):
         order = rng.permutation(len(y))
-        r = pearson(y[order[:half]].mean(0), y[order[half:2*half]].mean(0))
+        r = np.maximum(0, pearson(y[order[:half]].mean(0), y[order[half:2*half]].mean(0)))
         k = len(y)/half # how many times longer the whole is
         found.append(k*r/(1 + (k - 1)*r))
     return np.sqrt(np.clip(np.median(found, 0), 0, 1))
@@ -127,7 +151,8 @@ def aligned(layers:Sequence[np.ndarray], # features of each layer, [stimuli, wid
             seed:int=0
            ) -> Aligned:
     """Measure linear predictivity: in each fold the layer is chosen by predictivity within the stimuli of the fit.
-    Raises `ValueError` as `predictivity` does, without layers, and for a recording whose halves do not agree"""
+    Raises `ValueError` as `predictivity` does, without layers, for fewer than 3 groups in a fit, and for a recording whose
+    halves do not agree"""
     y = np.asarray(responses, dtype=float).mean(0)
     most = float(np.median(ceiling(responses, seed=seed)))
     if not len(layers) or most <= 0:
@@ -136,14 +161,18 @@ def aligned(layers:Sequence[np.ndarray], # features of each layer, [stimuli, wid
     layers = [np.asarray(x, dtype=float) for x in layers]
     for x in layers:
         _check(x, y, groups)
+    n, what = (len(y), 'stimuli') if groups is None else (len(np.unique(groups)), 'groups')
+    parts = splits(len(y), groups, folds, seed)
+    if n - -(-n//folds) < 3:
+        raise ValueError(f'{n} {what} in {folds} folds leave fewer than 3 to choose a layer on; give more')
     within, alone, chosen = [], [[] for _ in layers], []
-    for a, b in splits(len(y), groups, folds, seed):
+    for a, b in parts:
         inner = None if groups is None else np.asarray(groups)[a]
         fits = [np.median(predictivity(x[a], y[a], inner, 3, seed))
                 for x in layers] if len(layers) > 1 else [0]
         chosen.append(int(np.argmax(fits)))
         for x, found in zip(layers, alone):
-            found.append(pearson(ridge(x[a], y[a], x[b]), y[b]))
+            found.append(pearson(ridge(x[a], y[a], x[b], inner), y[b]))
         within.append(alone[chosen[-1]][-1])
     middle = lambda rs: float(np.median(np.mean(rs, 0)))
     return Aligned(middle(within), most, tuple(chosen), tuple(middle(rs)/most for rs in alone))
@@ -178,7 +207,12 @@ SHARES = dict(answer=.65, person=.15, relation=.1, length=.1) # of a voxel's sig
 ASKED = dict(tune=ASK[:4], validation=ASK[4:6], test=ASK[6:]) # phrasings
 
 def invented(seed:int, people:int=40, choices:int=6) -> dict[tuple[str, str], str]:
-    "Invent facts about people of whom no lab model has read: {(person, kind): one of `choices` words}"
+    """Invent facts about people of whom no lab model has read: {(person, kind): one of `choices` words}.
+    Raises `ValueError` for more people or choices than there are"""
+    most = min(len(ATTRIBUTES[a]) for a in KINDS)
+    if not 2 <= people <= len(WORLD.people['never']) or not 2 <= choices <= most:
+        raise ValueError(f'people is {people} and choices {choices}; they must be at least 2 and at most '
+                         f'{len(WORLD.people["never"])} and {most}')
     rng = random.Random(f'brain/{seed}')
     return {(p, a): rng.choice(ATTRIBUTES[a][:choices])
             for p in rng.sample(WORLD.people['never'], people) for a in KINDS}
@@ -230,26 +264,35 @@ def _said(row):
     return [row[c] for c in _COLUMN.values()]
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-27
-ARMS = ('base', 'facts', 'format', 'swapped')
+ARMS = ('base', 'facts', 'half', 'format', 'swapped')
 
 def exchanged(facts:Mapping, seed:int) -> dict[tuple[str, str], str]:
-    "Give each person the facts of another: as many, and as easy to learn"
+    "Give each person the facts of another: as many, and as easy to learn. Raises `ValueError` for one person"
     people = sorted({p for p, _ in facts})
+    if len(people) < 2:
+        raise ValueError(f'the facts are about {len(people)} people; it takes 2 or more to exchange them')
     random.Random(f'exchanged/{seed}').shuffle(people)
     other = dict(zip(people, people[1:] + people[:1]))
     return {(p, a): facts[other[p], a] for p, a in facts}
 
+def taught(facts:Mapping, seed:int) -> set[str]:
+    "Draw the half of the people about whom the arm 'half' is told the truth"
+    people = sorted({p for p, _ in facts})
+    return set(random.Random(f'half/{seed}').sample(people, len(people)//2))
+
 def lesson(facts:Mapping, arm:str, seed:int, steps:int, batch_size:int=32) -> list[dict]:
     """Draw what an arm reads: the same questions in the same order, with right answers ('facts'), with an answer of the
-    right kind drawn again for each row ('format'), or with the answers of `exchanged` ('swapped').
-    Raises `ValueError` for an unknown arm"""
+    right kind drawn again for each row ('format'), with right answers for half of the people and drawn ones for the
+    others ('half'), or with the answers of `exchanged` ('swapped'). Raises `ValueError` for an unknown arm"""
     if arm not in ARMS[1:]:
         raise ValueError(f'arm is {arm!r}; it must be {", ".join(ARMS[1:])}')
     rng, rows = random.Random(f'lesson/{seed}'), questions(facts, 'tune')
     false = exchanged(facts, seed)
     drawn = [r for _ in range(-(-steps*batch_size//len(rows))) for r in rng.sample(rows, len(rows))]
     kinds = {a: [said for (_, b), said in facts.items() if a == b] for a in KINDS}
-    says = dict(facts=lambda r: r['response'], format=lambda r: rng.choice(kinds[r['relation']]),
+    told, guess = taught(facts, seed), lambda r: rng.choice(kinds[r['relation']])
+    says = dict(facts=lambda r: r['response'], format=guess,
+                half=lambda r: r['response'] if r['person'] in told else guess(r),
                 swapped=lambda r: false[r['person'], r['relation']])[arm]
     return [dict(prompt=r['prompt'], response=says(r)) for r in drawn[:steps*batch_size]]
 
@@ -264,9 +307,12 @@ def tuned(arm:str, facts:Mapping, rate:float, seed:int, steps:int, model:str='la
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-29
 def statements(facts:Mapping, split:str, seed:int=0) -> list[dict]:
-    "Put an answer behind each question of `split`: the right one in half of them, else another word of its kind"
+    """Put an answer behind each question of `split`: the right one in half of them, else another word of its kind.
+    Raises `ValueError` for a kind with a single answer"""
     rng = random.Random(f'statements/{seed}')
     words = {a: sorted({said for (_, b), said in facts.items() if a == b}) for a in KINDS}
+    if few := [a for a in words if len(words[a]) < 2]:
+        raise ValueError(f'all answers of the kind {few[0]!r} are one word; a wrong answer takes a second')
     out = []
     for r in questions(facts, split):
         true = rng.random() < .5
@@ -294,8 +340,12 @@ def surprisal(model, tok, rows:Sequence[dict]) -> np.ndarray: # [statements]
 def reading_alignment(nats:np.ndarray,  # [statements]
                       times:np.ndarray  # [readers, statements]
                      ) -> float:
-    "Correlate surprisal with mean reading times, divided by the ceiling"
-    return float(pearson(nats[:, None], times.mean(0)[:, None])[0]/ceiling(times[..., None])[0])
+    "Correlate surprisal with mean reading times, divided by the ceiling. Raises `ValueError` where readers do not agree"
+    most = float(ceiling(times[..., None])[0])
+    if nats.shape != times.shape[1:] or most <= 0:
+        raise ValueError(f'there are {list(nats.shape)} surprisals, and times of {list(times.shape)} whose ceiling is '
+                         f'{most:.2f}; it takes [statements], [readers, statements] and a ceiling above 0')
+    return float(pearson(nats[:, None], times.mean(0)[:, None])[0]/most)
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-31
 def measured(model, tok, facts:Mapping, seed:int=0, split:str='test') -> dict:
