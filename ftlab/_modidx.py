@@ -1222,6 +1222,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'ftlab/beyond/brain/brain_alignment.py'),
                                                     'ftlab.beyond.brain.brain_alignment._check': ( 'beyond/brain/brain_alignment.html#_check',
                                                                                                    'ftlab/beyond/brain/brain_alignment.py'),
+                                                    'ftlab.beyond.brain.brain_alignment._left_out': ( 'beyond/brain/brain_alignment.html#_left_out',
+                                                                                                      'ftlab/beyond/brain/brain_alignment.py'),
                                                     'ftlab.beyond.brain.brain_alignment._path': ( 'beyond/brain/brain_alignment.html#_path',
                                                                                                   'ftlab/beyond/brain/brain_alignment.py'),
                                                     'ftlab.beyond.brain.brain_alignment._said': ( 'beyond/brain/brain_alignment.html#_said',

@@ -1,12 +1,15 @@
-"""lab-s learns facts, their format or false facts about people of whom it has never read; a linear
+"""lab-s learns facts, half of them, their format or false facts about people of whom it has never read; a linear
 map predicts from its states a simulated recording that responds to the true answers"""
 import numpy as np
 import ftlab.beyond.brain.brain_alignment as brain
 from ftlab.core.scorers import answers
 
 def learned(arm, model, tok, facts, seed, split) -> float:
-    "How much of its own lesson an arm answers: of `format`, how often the kind is right"
+    """How much of its own lesson an arm answers: of `format`, how often the kind is right; of `half`, how often the
+    answer about those whom it was told of"""
     rows = brain.questions(brain.exchanged(facts, seed) if arm == 'swapped' else facts, split)
+    if arm == 'half':
+        rows = [r for r in rows if r['person'] in brain.taught(facts, seed)]
     kinds = {a: {said for (_, b), said in facts.items() if a == b} for a in brain.KINDS}
     right = lambda r: kinds[r['relation']] if arm == 'format' else {r['response']}
     said = [a.split()[:1] for a in answers(model, tok, rows, max_new_tokens=4)]

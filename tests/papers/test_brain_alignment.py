@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr
+from sklearn.linear_model import RidgeCV
 from ftlab.beyond.brain import brain_alignment as brain
 from ftlab.core.scorers import row_nlls
 from ftlab.core.tokens import prompt_ids
@@ -42,6 +43,37 @@ def test_each_voxel_has_the_penalty_that_leaves_out_one_stimulus_best():
             errors.append(np.mean(((b - hat@b)/(1 - np.diag(hat)))**2))
         best = brain.ALPHAS[int(np.argmin(errors))]
         np.testing.assert_allclose(found, closed_form(x, y[:, v], new, best), atol=1e-8)
+
+
+def test_with_groups_the_penalty_is_the_one_that_leaves_out_groups_best():
+    groups = np.repeat(np.arange(12), 4)
+    x = DRAW.normal(size=(12, 20))[groups] + .1*DRAW.normal(size=(48, 20))
+    y, new = DRAW.normal(size=(12, 3))[groups] + x[:, :3], DRAW.normal(size=(5, 20))
+    a, b, chosen = standardised(x, x), standardised(new, x), []
+    for v, found in enumerate(brain.ridge(x, y, new, groups).T):
+        errors = [sum(((RidgeCV([p]).fit(a[i], y[i, v]).predict(a[j]) - y[j, v])**2).sum()
+                      for i, j in brain.splits(48, groups, 3, 0)) for p in brain.ALPHAS]
+        chosen.append(brain.ALPHAS[int(np.argmin(errors))])
+        np.testing.assert_allclose(found, RidgeCV([chosen[-1]]).fit(a, y[:, v]).predict(b), atol=1e-6)
+    alone = RidgeCV(brain.ALPHAS, alpha_per_target=True).fit(a, y).alpha_
+    assert np.median(alone) < np.median(chosen) # twins of a stimulus favour small penalties
+
+
+def test_halves_that_disagree_have_no_ceiling_and_the_unit_has_no_say():
+    x = DRAW.normal(size=(50, 2))
+    assert not brain.ceiling(np.stack([x, -x, 0*x]), draws=1).any()
+    np.testing.assert_allclose(brain.pearson(x*1e-9, x*1e9), 1)
+    assert not brain.pearson(np.full((50, 2), .1), x).any()
+
+
+def test_half_tells_the_truth_about_half_of_the_people():
+    facts = brain.invented(2, people=10)
+    told, rows = brain.taught(facts, 2), brain.lesson(facts, 'half', 2, 40)
+    truth = {r['prompt']: r for r in brain.questions(facts, 'tune')}
+    right = {p: np.mean([truth[r['prompt']]['response'] == r['response'] for r in rows
+                         if truth[r['prompt']]['person'] == p]) for p in {p for p, _ in facts}}
+    assert len(told) == 5 and all(right[p] == 1 for p in told)
+    assert all(right[p] < .7 for p in right if p not in told)
 
 
 def test_correlation_is_scipys_and_a_constant_has_none():
@@ -157,9 +189,20 @@ def test_reading_times_follow_the_truth_and_the_letters():
     (lambda: brain.predictivity(np.ones((9, 2)), np.ones((9, 2)), [1]*5 + [2]*4),
      'folds is 5 for 2 groups'),
     (lambda: brain.ceiling(np.ones((1, 9, 2))), 'at least 2'),
+    (lambda: brain.ceiling(np.full((2, 9, 2), np.nan)), '9 stimuli have responses that are NaN'),
+    (lambda: brain.predictivity(np.ones((9, 2)), np.ones((9, 0))), 'none of them 0'),
+    (lambda: brain.aligned([np.ones((8, 2))], DRAW.normal(size=(1, 8, 2)) + np.zeros((4, 1, 1)),
+                           [1, 1, 1, 1, 2, 2, 2, 2], 2), '2 groups in 2 folds leave fewer than 3'),
+    (lambda: brain.ridge(np.ones((4, 2)), np.ones((4, 2)), np.ones((1, 2)), [1]*4), 'of one group'),
+    (lambda: brain.states(None, TOK, 'what'), "prompts is 'what'; give a list"),
+    (lambda: brain.record([]), 'no row to record'),
+    (lambda: brain.invented(0, people=1000), 'people is 1000'),
+    (lambda: brain.exchanged({('Dabo', 'pet'): 'cat'}, 0), 'about 1 people'),
+    (lambda: brain.statements({('Dabo', 'pet'): 'cat'}, 'test'), 'are one word'),
+    (lambda: brain.reading_alignment(np.zeros(4), DRAW.normal(size=(5, 9))), '4. surprisals'),
     (lambda: brain.aligned([], DRAW.normal(size=(2, 9, 2))), 'there is no layer'),
     (lambda: brain.questions({}, 'dev'), "split is 'dev'; it must be tune, validation, test"),
-    (lambda: brain.lesson({}, 'base', 0, 1), "arm is 'base'; it must be facts, format, swapped"),
+    (lambda: brain.lesson({}, 'base', 0, 1), "arm is 'base'; it must be facts, half, format, swapped"),
     (lambda: brain.brain_alignment(rates=dict(fact=1.)), "rates has 'fact'; the arms are base, facts"),
 ))
 def test_errors_say_what_would_be_right(call, said):

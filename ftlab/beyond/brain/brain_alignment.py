@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import numpy as np
 import torch
-from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold, KFold
 from sklearn.preprocessing import StandardScaler
 from ...core.batches import collate
@@ -50,16 +49,18 @@ def ridge(train:np.ndarray,  # features of the stimuli that the map is fitted on
           groups:Sequence|None=None # of the stimuli of the fit; None: each its own
          ) -> np.ndarray:    # [other stimuli, voxels]
     """Fit a linear map with a ridge penalty of its own for each voxel, and predict other stimuli. The penalty is chosen
-    on the stimuli of the fit: by leaving out one at a time, or a third of the groups. Raises `ValueError` for one group"""
+    on the stimuli of the fit: by leaving out one at a time, or a third of the groups.
+    Raises `ValueError` for one group"""
     scale = StandardScaler().fit(train)
     x, new = scale.transform(train), scale.transform(test)
-    if groups is None:
-        return RidgeCV(ALPHAS, alpha_per_target=True).fit(x, recorded).predict(new).reshape(len(new), -1)
-    if (n := len(np.unique(groups))) < 2:
+    if groups is not None and len(np.unique(groups)) < 2:
         raise ValueError('all stimuli of a fit are of one group, so no group is left to choose the penalty on; '
                          'give more groups, or None')
-    missed = sum(((_path(x[a], recorded[a], x[b]) - recorded[b])**2).sum(1)
-                 for a, b in splits(len(x), groups, min(3, n), 0))
+    if groups is None:
+        missed = _left_out(x, recorded)
+    else:
+        missed = sum(((_path(x[a], recorded[a], x[b]) - recorded[b])**2).sum(1)
+                     for a, b in splits(len(x), groups, min(3, len(np.unique(groups))), 0))
     return _path(x, recorded, new)[missed.argmin(0), :, np.arange(recorded.shape[1])].T
 
 def _path(x:np.ndarray, y:np.ndarray, new:np.ndarray) -> np.ndarray:
@@ -67,6 +68,14 @@ def _path(x:np.ndarray, y:np.ndarray, new:np.ndarray) -> np.ndarray:
     u, d, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
     shrunk = d/(d**2 + np.array(ALPHAS)[:, None, None])
     return y.mean(0) + (((new - x.mean(0))@v.T)*shrunk)@(u.T@(y - y.mean(0)))
+
+def _left_out(x:np.ndarray, y:np.ndarray) -> np.ndarray:
+    "Sum the squared errors of each penalty for stimuli that are left out one at a time: [penalties, voxels]"
+    u, d, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    kept, away = d**2/(d**2 + np.array(ALPHAS)[:, None]), y - y.mean(0)
+    error = away - (u*kept[:, None])@(u.T@away)
+    own = 1/len(x) + kept@(u**2).T # how much a stimulus tells of itself
+    return ((error/np.maximum(1 - own, 1e-12)[..., None])**2).sum(1)
 
 def splits(rows:int, groups:Sequence|None, folds:int, seed:int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split rows into training and test parts; rows of one group stay together.
@@ -151,8 +160,8 @@ def aligned(layers:Sequence[np.ndarray], # features of each layer, [stimuli, wid
             seed:int=0
            ) -> Aligned:
     """Measure linear predictivity: in each fold the layer is chosen by predictivity within the stimuli of the fit.
-    Raises `ValueError` as `predictivity` does, without layers, for fewer than 3 groups in a fit, and for a recording whose
-    halves do not agree"""
+    Raises `ValueError` as `predictivity` does, without layers, for fewer than 3 groups in a fit, and for a
+    recording whose halves do not agree"""
     y = np.asarray(responses, dtype=float).mean(0)
     most = float(np.median(ceiling(responses, seed=seed)))
     if not len(layers) or most <= 0:
@@ -183,7 +192,10 @@ def states(model, tok,
            prompts:Sequence[str], # the stimuli
            batch_size:int=100
           ) -> list[np.ndarray]:  # embeddings first, then one [stimuli, width] per block
-    "Read the state of each layer at the last token of each prompt, where the answer begins"
+    """Read the state of each layer at the last token of each prompt, where the answer begins. Raises `ValueError` for
+    no prompt, and for one text in place of a list"""
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f'prompts is {prompts!r}; give a list of one or more texts')
     out = []
     ids = [prompt_ids(dict(prompt=p, response=p), tok) for p in prompts]
     for i in range(0, len(ids), batch_size):
@@ -240,7 +252,9 @@ def record(rows:Sequence[dict], # as `questions` returns them
            noise:float=1.5      # standard deviation, where the signal's is 1
           ) -> Recording:
     """Record a population that responds to what is true in the world: the answer, the person, the relation asked for,
-    and the number of words. No model takes part in it"""
+    and the number of words. No model takes part in it. Raises `ValueError` without rows"""
+    if not rows:
+        raise ValueError('there is no row to record; give those of `questions`')
     rng = np.random.default_rng([seed, len(rows)])
     code = {k: rng.normal(size=voxels) for k in sorted({w for r in rows for w in _said(r)})}
     total, parts = np.array([len(r['prompt'].split()) for r in rows], float), {}
@@ -340,7 +354,8 @@ def surprisal(model, tok, rows:Sequence[dict]) -> np.ndarray: # [statements]
 def reading_alignment(nats:np.ndarray,  # [statements]
                       times:np.ndarray  # [readers, statements]
                      ) -> float:
-    "Correlate surprisal with mean reading times, divided by the ceiling. Raises `ValueError` where readers do not agree"
+    """Correlate surprisal with mean reading times, divided by the ceiling.
+    Raises `ValueError` for lengths that differ, and where readers do not agree"""
     most = float(ceiling(times[..., None])[0])
     if nats.shape != times.shape[1:] or most <= 0:
         raise ValueError(f'there are {list(nats.shape)} surprisals, and times of {list(times.shape)} whose ceiling is '
@@ -384,17 +399,18 @@ def plain(facts:Mapping, seed:int=0, split:str='test') -> dict[str, float]:
        'Tuning on instructions raises how well a linear map predicts recorded brain activity from a '
        'model\'s states, and this follows the model\'s world knowledge; it does not raise how well '
        'surprisal predicts reading times.',
-       'arXiv v2 (COLM 2024), sections 3 to 6 and appendices C, D, F, G (tables 5 and 6); Brain-Score '
+       'arXiv v2 (COLM 2024), sections 3 to 5 and appendices C, D, F, G, J, K (tables 5, 6 and 8); Brain-Score '
        '(brain-score/language at 0e0bb4a): metrics/linear_predictivity/metric.py lines 110-122 and '
-       '149-231, benchmarks/pereira2018/benchmark.py lines 15-76, benchmarks/futrell2018/benchmark.py '
-       'lines 39-90, utils/transformations.py lines 75-89, utils/ceiling.py; the recordings here are simulated',
+       '149-231, linear_predictivity/ridgecv_gpu.py, benchmarks/pereira2018/benchmark.py lines 15-76, '
+       'benchmarks/futrell2018/benchmark.py lines 39-90, utils/transformations.py lines 75-89, '
+       'utils/ceiling.py; the recordings here are simulated',
        toy=dict(steps=2, people=12))
 def brain_alignment(seed:int=0,   # of facts, recording, order and folds
                     rates:Mapping|None=None, # arm -> learning rate; None: 3e-3 for all
                     steps:int=80, # of 32 rows
                     people:int=40 # about whom two facts each are invented
                    ) -> Evidence: # of each arm what `measured` returns, as 'facts.score'; of `plain`, as 'bag.score'
-    """Tune lab-s on facts, on their format and on false facts, and predict one simulated recording from each.
+    """Tune lab-s on facts, half of them, their format and false facts, and predict one simulated recording from each.
     Raises `ValueError` for an unknown arm"""
     if odd := sorted(set(rates or {}) - set(ARMS)):
         raise ValueError(f'rates has {odd[0]!r}; the arms are {", ".join(ARMS)}')
