@@ -54,7 +54,8 @@ def test_with_groups_the_penalty_is_the_one_that_leaves_out_groups_best():
         errors = [sum(((RidgeCV([p]).fit(a[i], y[i, v]).predict(a[j]) - y[j, v])**2).sum()
                       for i, j in brain.splits(48, groups, 3, 0)) for p in brain.ALPHAS]
         chosen.append(brain.ALPHAS[int(np.argmin(errors))])
-        np.testing.assert_allclose(found, RidgeCV([chosen[-1]]).fit(a, y[:, v]).predict(b), atol=1e-6)
+        alone = RidgeCV([chosen[-1]]).fit(a, y[:, v])
+        np.testing.assert_allclose(found, alone.predict(b), atol=1e-6)
     alone = RidgeCV(brain.ALPHAS, alpha_per_target=True).fit(a, y).alpha_
     assert np.median(alone) < np.median(chosen) # twins of a stimulus favour small penalties
 

@@ -145,8 +145,9 @@ def test_overlap_is_a_share_of_the_second():
         region_overlap(a, dict(x=torch.ones(5)))
 
 
-@pytest.mark.parametrize('setting, value', [('density', 0.), ('density', 1.5), ('start', 0.), ('rate', -1.),
-                                            ('rate', float('inf')), ('bias', 0.), ('density', True), ('rate', None)])
+@pytest.mark.parametrize('setting, value', [
+    ('density', 0.), ('density', 1.5), ('density', True), ('start', 0.), ('bias', 0.),
+    ('rate', -1.), ('rate', float('inf')), ('rate', None)])
 def test_settings_out_of_range_are_named(setting, value):
     for make in (grafting, lambda **k: learned_graft(dict(a=torch.ones(2)), **k)):
         with pytest.raises(ValueError, match=f'{setting} is {value}'):
