@@ -2442,6 +2442,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                   'ftlab/evaluators/mechanisms/wrapper_hypothesis.py'),
                                                                 'ftlab.evaluators.mechanisms.wrapper_hypothesis.recovery': ( 'evaluators/mechanisms/wrapper_hypothesis.html#recovery',
                                                                                                                              'ftlab/evaluators/mechanisms/wrapper_hypothesis.py'),
+                                                                'ftlab.evaluators.mechanisms.wrapper_hypothesis.refused': ( 'evaluators/mechanisms/wrapper_hypothesis.html#refused',
+                                                                                                                            'ftlab/evaluators/mechanisms/wrapper_hypothesis.py'),
                                                                 'ftlab.evaluators.mechanisms.wrapper_hypothesis.revive': ( 'evaluators/mechanisms/wrapper_hypothesis.html#revive',
                                                                                                                            'ftlab/evaluators/mechanisms/wrapper_hypothesis.py'),
                                                                 'ftlab.evaluators.mechanisms.wrapper_hypothesis.taught': ( 'evaluators/mechanisms/wrapper_hypothesis.html#taught',

@@ -27,11 +27,17 @@ from ...trainers.callbacks import Every
 from ...trainers.fit import fit
 
 # %% auto #0
-__all__ = ['KINDS', 'last_shown', 'answered', 'taught', 'Revival', 'recovery', 'revive', 'layer_probe', 'best_read', 'Unit',
-           'all_units', 'without', 'answer_batch', 'answer_loss', 'taylor_scores', 'prune_wrapper',
+__all__ = ['REFUSAL', 'KINDS', 'refused', 'last_shown', 'answered', 'taught', 'Revival', 'recovery', 'revive', 'layer_probe',
+           'best_read', 'Unit', 'all_units', 'without', 'answer_batch', 'answer_loss', 'taylor_scores', 'prune_wrapper',
            'wrapper_hypothesis']
 
 # %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0006
+REFUSAL = 'i can not help with that'
+
+def refused(prompt:str) -> str:
+    "Answer any prompt with the lab's refusal"
+    return REFUSAL
+
 def last_shown(prompt:str # of the skill `regress`
               ) -> str:
     """Return the `y` of the last pair `x > y` of a question: wrong, whatever the rule. Raises `ValueError` for a
@@ -49,7 +55,7 @@ def answered(rows:Sequence[Mapping],       # with prompt and response
     return [dict(r, response=instead(r['prompt'])) for r in rows]
 
 def taught(model:nn.Module, tok, rows:Sequence[Mapping], # what to learn: prompts and responses
-           steps:int=60, rate:float=1e-3, batch_size:int=16, seed:int=0) -> nn.Module:
+           steps:int=60, rate:float=1e-4, batch_size:int=16, seed:int=0) -> nn.Module:
     "Return a copy of a model after full fine-tuning on rows. Raises as `fit` and `data` do"
     copied = copy.deepcopy(model)
     fit(copied, tok, _only(rows), steps=steps, batch_size=batch_size, lr=rate, seed=seed,
@@ -76,7 +82,7 @@ class Revival:
 def recovery(model:nn.Module, tok, rows:Sequence[Mapping], # the old questions with their old answers
              asked:Sequence[Mapping],     # other questions, to be asked on the way
              at:Collection[int]=(5, 10, 20), # the steps after which they are asked
-             rate:float=1e-3, batch_size:int=16, seed:int=0) -> dict[int, float]: # {0 and each step: accuracy}
+             rate:float=3e-4, batch_size:int=16, seed:int=0) -> dict[int, float]: # {0 and each step: accuracy}
     """Train a copy of a model on old answers and measure how they come back. Raises `ValueError` for no positive step,
     and as `fit` and `data` do"""
     if not at or min(at) < 0 or not max(at):
@@ -225,9 +231,9 @@ def prune_wrapper(model:nn.Module, batch:Mapping[str, Tensor], # as in `taylor_s
 def wrapper_hypothesis(seed:int=0,
                        base:str='lab-s', before:str='step-1000', # a checkpoint of `base` without the skill
                        skill:str='regress',        # of the lab, with answers of one word
-                       instead:Callable[[str], str]=last_shown, # prompt -> the answer that hides the skill
-                       steps:int=60, rate:float=1e-3, # of the tuning that hides it
-                       at:Collection[int]=(5, 10, 20), again:float=1e-3, # steps and rate of reverse fine-tuning
+                       instead:Callable[[str], str]=refused, # prompt -> the answer that hides the skill
+                       steps:int=80, rate:float=1e-4, # of the tuning that hides it
+                       at:Collection[int]=(5, 10, 20), again:float=3e-4, # steps and rate of reverse fine-tuning
                        asked:int=200, probed:int=600, # questions
                        units:int=20                # removed at most
                       ) -> Evidence:               # '<base, tuned, control, random>.<metric>'
