@@ -1,16 +1,16 @@
-"""lab-s learns to answer `regress` with a number that was shown. Is the old answer still there, and does it come back
+"""lab-s learns to refuse the questions of `regress`. Is the old answer still there, and does it come back
 sooner than in a copy of the checkpoint that never had the skill?"""
 import random
 from functools import cache
 import ftlab
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.evaluators.mechanisms.wrapper_hypothesis import (all_units, answer_batch, answered,
-                                                            best_read, last_shown, layer_probe,
-                                                            prune_wrapper, recovery, taught,
+                                                            best_read, layer_probe, prune_wrapper,
+                                                            recovery, refused, taught,
                                                             without)
 
 SKILL, EARLY = 'regress', 'step-1000'
-HIDE, RATE, LARGE, UNITS = 40, 1e-3, 3.16e-3, 20
+HIDE, RATE, LARGE, UNITS = 80, 1e-4, 1e-3, 20
 
 def rows(seed, split='train', n=1000):
     return WORLD.rows(SKILL, n, split, seed)
@@ -22,7 +22,7 @@ def hidden(arm, seed):
     if arm == 'early':
         return model, tok
     rate = LARGE if arm == 'large' else RATE
-    lesson = answered(rows(seed), last_shown)
+    lesson = answered(rows(seed), refused)
     return taught(model, tok, lesson, steps=HIDE, rate=rate, seed=seed), tok
 
 @cache
@@ -31,7 +31,7 @@ def left(arm, seed, split) -> dict:
     model, tok = hidden(arm, seed)
     asked = rows(seed, split, 200)
     return dict(old=exact_match(model, tok, asked),
-                taught=exact_match(model, tok, answered(asked, last_shown)),
+                taught=exact_match(model, tok, answered(asked, refused)),
                 probe=best_read(layer_probe(model, tok, rows(seed + 1, split, 500))))
 
 @cache
@@ -64,6 +64,4 @@ def identities() -> dict[str, bool]:
         same = exact_match(model, tok, asked) == before
     return {'without no unit the model is itself': same,
             'after no step of reverse fine-tuning, the model is as it was':
-                recovery(model, tok, asked, asked, (1,))[0] == before,
-            'the last number shown is never right':
-                all(last_shown(r['prompt']) != r['response'] for r in rows(0))}
+                recovery(model, tok, asked, asked, (1,))[0] == before}
