@@ -103,12 +103,14 @@ def revive(tuned:nn.Module,   # in which a skill was suppressed
 
 # %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0013
 def layer_probe(model:nn.Module, tok, rows:Sequence[Mapping], # questions, with the answers that the probe should read
-                seeds:int=1                                   # as in `linear_probe`
+                seeds:int=1,                                  # as in `linear_probe`
+               blocks:Collection[int]|None=None              # which to probe; None: all
                ) -> dict[int, Probed]:                        # {block: result}
     """Probe the state after each block, at the last token of the prompt, for the answer. The model is left as it was.
     Raises as `linear_probe` and `activations` do"""
     batch = left_pad([prompt_ids(r, tok) for r in rows], tok.pad_token_id)
-    states = activations(model, batch, [Site('residual', b.index) for b in anatomy(model).blocks])
+    some = range(len(anatomy(model).blocks)) if blocks is None else blocks
+    states = activations(model, batch, [Site('residual', b) for b in some])
     labels = [r['response'] for r in rows]
     return {s.block: linear_probe(x[:, -1], labels, seeds=seeds) for s, x in states.items()}
 
@@ -116,7 +118,7 @@ def best_read(probed:Mapping[int, Probed]) -> float:
     "Return the accuracy of the block from which the answer is read best"
     return max(p.mean()['accuracy'] for p in probed.values())
 
-# %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0016
+# %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0017
 KINDS = ('head', 'neuron')
 
 @dataclass(frozen=True, order=True)
@@ -177,7 +179,7 @@ def without(model:nn.Module, units:Collection[Unit]) -> Iterator[nn.Module]:
     with _gated(model, groups, _gates(model, groups, units)):
         yield model
 
-# %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0017
+# %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0018
 def answer_batch(rows:Sequence[Mapping], tok) -> dict[str, Tensor]: # input_ids, attention_mask, labels [rows, tokens]
     "Make one batch of prompts with their answers, of which only the answers are labels"
     return collate([encode(r, tok, 'text') for r in rows], tok.pad_token_id)
@@ -221,7 +223,7 @@ def prune_wrapper(model:nn.Module, batch:Mapping[str, Tensor], # as in `taylor_s
         out += best
     return out
 
-# %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0022
+# %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0023
 @study('Mechanistically analyzing the effects of fine-tuning on procedurally defined tasks', '2311.12786',
     'Fine-tuning that suppresses a skill puts a thin wrapper on top of it: probes still read it, pruning a few units '
     'and training for a few steps bring it back.',
