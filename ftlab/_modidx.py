@@ -2624,6 +2624,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                           'ftlab/evaluators/mechanisms/wrapper_hypothesis.py'),
                                                                 'ftlab.evaluators.mechanisms.wrapper_hypothesis._pruned': ( 'evaluators/mechanisms/wrapper_hypothesis.html#_pruned',
                                                                                                                             'ftlab/evaluators/mechanisms/wrapper_hypothesis.py'),
+                                                                'ftlab.evaluators.mechanisms.wrapper_hypothesis._steps': ( 'evaluators/mechanisms/wrapper_hypothesis.html#_steps',
+                                                                                                                           'ftlab/evaluators/mechanisms/wrapper_hypothesis.py'),
                                                                 'ftlab.evaluators.mechanisms.wrapper_hypothesis.all_units': ( 'evaluators/mechanisms/wrapper_hypothesis.html#all_units',
                                                                                                                               'ftlab/evaluators/mechanisms/wrapper_hypothesis.py'),
                                                                 'ftlab.evaluators.mechanisms.wrapper_hypothesis.answer_batch': ( 'evaluators/mechanisms/wrapper_hypothesis.html#answer_batch',

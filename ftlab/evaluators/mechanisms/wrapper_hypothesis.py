@@ -6,10 +6,11 @@
 from __future__ import annotations
 import copy
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 import torch
 from torch import Tensor, nn
 from ...core.anatomy import anatomy
@@ -75,20 +76,31 @@ class Revival:
 
     def steps(self, target:float # accuracy that counts as recovered
              ) -> tuple[int|None, int|None]:
-        "Return the first measured step at which the tuned model and the control reach a target; None: not in this run"
+        """Return the first measured step at which the tuned model and the control reach a target; None: not in this
+        run. Raises `ValueError` for a target that is no share"""
+        if not 0 <= target <= 1:
+            raise ValueError(f'target is {target!r}; give a share of right answers from 0 to 1')
         first = lambda curve: next((k for k, v in sorted(curve.items()) if v >= target), None)
         return first(self.tuned), first(self.control)
+
+def _steps(at) -> set[int]:
+    steps = list(at) if isinstance(at, Iterable) else []
+    if not any(steps) or not all(isinstance(k, Integral) and k >= 0 for k in steps):
+        raise ValueError(f'at is {at!r}; give the steps after which to ask, a list of whole numbers with at least one '
+                         'above 0')
+    return {int(k) for k in steps}
 
 def recovery(model:nn.Module, tok, rows:Sequence[Mapping], # the old questions with their old answers
              asked:Sequence[Mapping],     # other questions, to be asked on the way
              at:Collection[int]=(5, 10, 20), # the steps after which they are asked
              rate:float=3e-4, batch_size:int=16, seed:int=0) -> dict[int, float]: # {0 and each step: accuracy}
-    """Train a copy of a model on old answers and measure how they come back. Raises `ValueError` for no positive step,
-    and as `fit` and `data` do"""
-    if not at or min(at) < 0 or not max(at):
-        raise ValueError(f'at is {at!r}; give the steps after which to ask, at least one of them above 0')
-    ask = Every(set(at), lambda state: dict(accuracy=exact_match(state.model, tok, asked)))
-    run = fit(copy.deepcopy(model), tok, _only(rows), steps=max(at), batch_size=batch_size,
+    """Train a copy of a model on old answers and measure how they come back. Raises `ValueError` for no positive step
+    or no question, and as `fit` and `data` do"""
+    steps = _steps(at)
+    if not asked:
+        raise ValueError('asked has no questions; give at least one, which is not among rows')
+    ask = Every(steps, lambda state: dict(accuracy=exact_match(state.model, tok, asked)))
+    run = fit(copy.deepcopy(model), tok, _only(rows), steps=max(steps), batch_size=batch_size,
               lr=rate, schedule='constant', seed=seed, progress=False, callbacks=(ask,))
     return {r['step']: r['accuracy'] for r in run.path if 'accuracy' in r}
 
@@ -104,18 +116,26 @@ def revive(tuned:nn.Module,   # in which a skill was suppressed
 # %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0013
 def layer_probe(model:nn.Module, tok, rows:Sequence[Mapping], # questions, with the answers that the probe should read
                 seeds:int=1,                                  # as in `linear_probe`
-               blocks:Collection[int]|None=None              # which to probe; None: all
+                blocks:Collection[int]|None=None              # which to probe; None: all
                ) -> dict[int, Probed]:                        # {block: result}
     """Probe the state after each block, at the last token of the prompt, for the answer. The model is left as it was.
-    Raises as `linear_probe` and `activations` do"""
-    batch = left_pad([prompt_ids(r, tok) for r in rows], tok.pad_token_id)
+    Raises `ValueError` for no block or a question that is given twice, and as `linear_probe` and `activations` do"""
     some = range(len(anatomy(model).blocks)) if blocks is None else blocks
+    ids = [list(prompt_ids(r, tok)) for r in rows]
+    if not ids or not len(some):
+        raise ValueError(f'there are {len(ids)} rows and {len(some)} blocks; give at least 10 rows and one block')
+    if again := len(ids) - len(set(map(tuple, ids))):
+        raise ValueError(f'{again} of {len(ids)} questions are there before; give each once, or the probe is asked '
+                         'what it was trained on')
+    batch = left_pad(ids, tok.pad_token_id)
     states = activations(model, batch, [Site('residual', b) for b in some])
     labels = [r['response'] for r in rows]
     return {s.block: linear_probe(x[:, -1], labels, seeds=seeds) for s, x in states.items()}
 
 def best_read(probed:Mapping[int, Probed]) -> float:
-    "Return the accuracy of the block from which the answer is read best"
+    "Return the accuracy of the block from which the answer is read best. Raises `ValueError` for no block"
+    if not probed:
+        raise ValueError('probed has no block; give what layer_probe returns for at least one')
     return max(p.mean()['accuracy'] for p in probed.values())
 
 # %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #wrap0017
@@ -123,7 +143,7 @@ KINDS = ('head', 'neuron')
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    "A part of a block that can be removed. Raises `ValueError` for an unknown kind"
+    "A part of a block that can be removed. Raises `ValueError` for an unknown kind or what is no number of a part"
     kind:str  # of KINDS
     block:int # from 0
     index:int # from 0, in its block
@@ -131,6 +151,8 @@ class Unit:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f'{self.kind!r} is no kind of unit; the kinds are {", ".join(KINDS)}')
+        if not all(isinstance(x, Integral) and x >= 0 for x in (self.block, self.index)):
+            raise ValueError(f'block is {self.block!r} and index {self.index!r}; give whole numbers from 0')
 
 def _groups(model) -> dict[tuple[str, int], tuple[str, int, int]]:
     "Map (kind, block) to (the module that reads the units, how many there are, how many columns each has)"
@@ -154,8 +176,8 @@ def _gates(model, groups, removed) -> dict[tuple[str, int], Tensor]:
     "Make gates of 1 for all units, and of 0 for those that are removed"
     gates = {k: torch.ones(n, device=device_of(model)) for k, (_, n, _) in groups.items()}
     for u in removed:
-        if (u.kind, u.block) not in gates or not 0 <= u.index < len(gates[u.kind, u.block]):
-            raise ValueError(f'the model has no {u}; all_units lists what it has')
+        if not isinstance(u, Unit) or u.index >= len(gates.get((u.kind, u.block), ())):
+            raise ValueError(f'the model has no {u!r}; all_units lists what it has')
         gates[u.kind, u.block][u.index] = 0.
     return gates
 
@@ -174,7 +196,8 @@ def _gated(model, groups, gates) -> Iterator[nn.Module]:
 
 @contextmanager
 def without(model:nn.Module, units:Collection[Unit]) -> Iterator[nn.Module]:
-    "Within this context, multiply the outputs of units by 0. Raises `ValueError` for a unit that the model lacks"
+    """Within this context, multiply the outputs of units by 0, also in copies that are made in it. Raises `ValueError`
+    for a unit that the model lacks"""
     groups = _groups(model)
     with _gated(model, groups, _gates(model, groups, units)):
         yield model
@@ -185,19 +208,23 @@ def answer_batch(rows:Sequence[Mapping], tok) -> dict[str, Tensor]: # input_ids,
     return collate([encode(r, tok, 'text') for r in rows], tok.pad_token_id)
 
 def answer_loss(model:nn.Module, batch:Mapping[str, Tensor]) -> Tensor: # as `answer_batch` makes it
-    "Return the mean negative log-likelihood of the labelled tokens, a scalar in nats"
+    """Return the mean negative log-likelihood of the labelled tokens, a scalar in nats. Raises `ValueError` if there
+    are none"""
+    labels = batch.get('labels')
+    if labels is None or not (labels[:, 1:] >= 0).any():
+        raise ValueError('the batch has no labels; make it of rows with answers, by answer_batch')
     logits = run_logits(model, batch)[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(),
-                                       batch['labels'][:, 1:].flatten().to(logits.device))
+                                       labels[:, 1:].flatten().to(logits.device))
 
 def taylor_scores(model:nn.Module, batch:Mapping[str, Tensor], # the old answers, as `answer_batch` makes it
                   removed:Collection[Unit]=()                  # units that are removed already
                  ) -> dict[Unit, float]:                       # nats; of the units that are left
     """Estimate how much the loss falls if a unit is removed: its derivative by a gate on the unit's output. Raises as
-    `without`"""
+    `without` and `answer_loss`"""
     groups = _groups(model)
     gates = {k: g.requires_grad_() for k, g in _gates(model, groups, removed).items()}
-    with torch.enable_grad(), evaluating(model), _gated(model, groups, gates):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _gated(model, groups, gates):
         grads = torch.autograd.grad(answer_loss(model, batch), list(gates.values()))
     gone = set(removed)
     scores = {Unit(*k, i): x for k, g in zip(gates, grads) for i, x in enumerate(g.tolist())}
@@ -210,9 +237,10 @@ def prune_wrapper(model:nn.Module, batch:Mapping[str, Tensor], # as in `taylor_s
                  ) -> list[Unit]: # in the order of their removal; use them with `without`
     """Choose units whose removal lowers the loss on old answers, by Taylor scores; fewer than `most` if no other should
     help. The model is left as it was. Raises `ValueError` for an unknown kind or numbers below 1"""
-    if min(most, at_once) < 1 or not kinds or set(kinds) - set(KINDS):
-        raise ValueError(f'most is {most}, at_once {at_once} and kinds {list(kinds)}; give numbers from 1, and kinds '
-                         f'of {", ".join(KINDS)}')
+    whole = all(isinstance(n, Integral) and n > 0 for n in (most, at_once))
+    if not whole or not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f'most is {most!r}, at_once {at_once!r} and kinds {kinds!r}; give numbers from 1, and a list '
+                         f'of kinds of {", ".join(KINDS)}')
     out = []
     while len(out) < most:
         scores = {u: x for u, x in taylor_scores(model, batch, out).items()
@@ -227,7 +255,8 @@ def prune_wrapper(model:nn.Module, batch:Mapping[str, Tensor], # as in `taylor_s
 @study('Mechanistically analyzing the effects of fine-tuning on procedurally defined tasks', '2311.12786',
     'Fine-tuning that suppresses a skill puts a thin wrapper on top of it: probes still read it, pruning a few units '
     'and training for a few steps bring it back.',
-    'the abstract of v2, the beginning of its introduction and its section titles, second-hand summaries of the tools; '
+    'the abstract of v2, the beginning of its introduction and its section titles, second-hand summaries of the tools, '
+    'github.com/RobertKirk/tinystories-wrappers at d41355c (sweeps, dataset_gen, train.py, model.py, tinystories.py); '
     'gates, repeated scoring, the curves, the skill and the models are our reading',
     toy=dict(steps=2, at=(1,), asked=8, probed=60, units=4))
 def wrapper_hypothesis(seed:int=0,
