@@ -114,7 +114,43 @@ def test_bad_arguments_are_named():
     for bad in (dict(most=0), dict(at_once=0), dict(kinds=['block']), dict(kinds=[])):
         with pytest.raises(ValueError, match='give numbers from 1'):
             prune_wrapper(model, batch(), **bad)
-    for at in ((), (0,), (-1, 2)):
+    for at in ((), (0,), (-1, 2), 5, (1.5, 2), ('a',)):
         with pytest.raises(ValueError, match='the steps after which to ask'):
             recovery(model, TOK, ROWS, ROWS, at)
+    for wrong in (dict(kind='head', block=0, index=.5), dict(kind='head', block=-1, index=0)):
+        with pytest.raises(ValueError, match='whole numbers from 0'):
+            Unit(**wrong)
+    with pytest.raises(ValueError, match='the model has no'):
+        with without(model, [('head', 0, 0)]):
+            pass
+    with pytest.raises(ValueError, match='give a share of right answers'):
+        Revival({0: .1}, {0: .2}).steps(90)
     assert KINDS == ('head', 'neuron')
+
+
+def test_what_would_be_read_wrongly_is_refused():
+    model = toy()
+    with pytest.raises(ValueError, match='asked has no questions'):
+        recovery(model, TOK, ROWS, [], (1,))
+    with pytest.raises(ValueError, match='12 of 24 questions are there before'):
+        layer_probe(model, TOK, ROWS*2)
+    for rows, blocks in (([], None), (ROWS, [])):
+        with pytest.raises(ValueError, match='at least 10 rows and one block'):
+            layer_probe(model, TOK, rows, blocks=blocks)
+    with pytest.raises(ValueError, match='has no block'):
+        best_read({})
+    unlabelled = dict(batch(), labels=torch.full_like(batch()['labels'], -100))
+    for work in (answer_loss, taylor_scores, prune_wrapper):
+        with pytest.raises(ValueError, match='has no labels'):
+            work(model, unlabelled)
+
+
+def test_scores_do_not_depend_on_the_callers_grad_mode():
+    model = toy()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    inputs = batch()
+    with torch.inference_mode():
+        frozen = taylor_scores(model, inputs)
+    assert frozen == taylor_scores(model, inputs)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())

@@ -222,11 +222,11 @@ def taylor_scores(model:nn.Module, batch:Mapping[str, Tensor], # the old answers
                  ) -> dict[Unit, float]:                       # nats; of the units that are left
     """Estimate how much the loss falls if a unit is removed: its derivative by a gate on the unit's output. Raises as
     `without` and `answer_loss`"""
-    groups = _groups(model)
-    gates = {k: g.requires_grad_() for k, g in _gates(model, groups, removed).items()}
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), _gated(model, groups, gates):
-        grads = torch.autograd.grad(answer_loss(model, batch), list(gates.values()))
-    gone = set(removed)
+    groups, gone = _groups(model), set(removed)
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        gates = {k: g.requires_grad_() for k, g in _gates(model, groups, gone).items()}
+        with _gated(model, groups, gates):
+            grads = torch.autograd.grad(answer_loss(model, batch), list(gates.values()))
     scores = {Unit(*k, i): x for k, g in zip(gates, grads) for i, x in enumerate(g.tolist())}
     return {u: x for u, x in scores.items() if u not in gone}
 
