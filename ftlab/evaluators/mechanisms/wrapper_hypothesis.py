@@ -143,7 +143,7 @@ KINDS = ('head', 'neuron')
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    "A part of a block that can be removed. Raises `ValueError` for an unknown kind or what is no number of a part"
+    "A part of a block that can be removed. Raises `ValueError` for an unknown kind, block or index"
     kind:str  # of KINDS
     block:int # from 0
     index:int # from 0, in its block
