@@ -134,7 +134,8 @@ def test_each_view_may_stand_alone():
     (lambda: levi().delta(torch.zeros(4, 4)), 'call fitted first'),
     (lambda: Views(torch.zeros(4, 4), depth=0), 'nothing is left'),
     (lambda: Views(torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool)), 'mask of entries'),
-    (lambda: beside(classifier().bert), 'with a head'),
+    (lambda: beside(classifier().bert), 'no logits and states'),
+    (lambda: attach(classifier().bert, {'embeddings.word_embeddings.weight': True}, Views), 'with a head'),
     (lambda: attach(toy(), {'model.layers.0.mlp.up_proj.weight': True}, levi().delta), 'not the input embedding')])
 def test_wrong_arguments_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says):
