@@ -522,7 +522,7 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     check_selection(model, chosen)
     params = dict(model.named_parameters())
     if beside and (site := declared(delta, 'site', 'weight')) in (*BEFORE, 'model'):
-        raise ValueError(f'the model has new tokens, whose rows train beside the method, and a delta with site {site!r} '
+        raise ValueError(f'the model has new tokens, whose rows train beside the method, and a {site} delta '
                          'cannot stand on the same embedding; use another method, such as lora')
     # a weight that was chosen whole has these entries already; each entry has one change
     beside = {n: m for n, m in (beside or {}).items()
