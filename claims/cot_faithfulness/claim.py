@@ -92,6 +92,8 @@ def rates(model, tok, prompts) -> dict:
         return NOTHING | dict(written=len(chains)/len(prompts))
     found = cot_faithfulness(model, tok, prompts, split, CUE, reword, '.', OPENING, 40, 4)
     cases = found['cases']
+    if not any(kept for _, kept, *_ in cases['early']): # no chain has a second step to be cut
+        return NOTHING | dict(written=found['written'])
     return dict(written=found['written'], full=found['full'], cut=same_rate(cases['early'], 1),
                 filled=same_rate(cases['filler'], 1), cut_all=found['same']['early'],
                 filled_all=found['same']['filler'], paraphrase=found['same']['paraphrase'],

@@ -89,7 +89,8 @@ def test_a_prompt_with_a_wrong_answer_does_not_decide_which_heads_matter():
 
         def of(self, *right):
             x = torch.zeros(3, 1, words := len(tok))
-            x[places[0], 0, places[1]] = torch.tensor(right).logit() + torch.tensor(words - 1.).log()
+            odds = torch.tensor(right).logit() + torch.tensor(words - 1.).log()
+            x[places[0], 0, places[1]] = odds
             return x
 
         def __call__(self, heads, receivers, at, source_at, read_at):
