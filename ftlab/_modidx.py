@@ -379,6 +379,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'ftlab/adapters/modules/levi.py'),
                                              'ftlab.adapters.modules.levi.Block.forward': ( 'adapters/modules/levi.html#block.forward',
                                                                                             'ftlab/adapters/modules/levi.py'),
+                                             'ftlab.adapters.modules.levi.Read': ( 'adapters/modules/levi.html#read',
+                                                                                   'ftlab/adapters/modules/levi.py'),
                                              'ftlab.adapters.modules.levi.Small': ( 'adapters/modules/levi.html#small',
                                                                                     'ftlab/adapters/modules/levi.py'),
                                              'ftlab.adapters.modules.levi.Small.__init__': ( 'adapters/modules/levi.html#small.__init__',

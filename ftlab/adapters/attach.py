@@ -4,7 +4,7 @@
 
 # %% ../../nbs/adapters/attach.ipynb #d828f865
 from __future__ import annotations
-import tempfile, weakref
+import inspect, tempfile, weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,25 +212,29 @@ class _Beside:
     "Show a delta what the model reads and thinks, and let it answer in the model's place"
 
     def __init__(self, owner, delta):
-        self.owner, self.delta, self.asked = owner, delta, False
+        self.owner, self.delta = owner, delta
+        self.asked, self.pairs = False, True # for states, and for an output with names
 
     def before(self, module, args, kwargs):
         if not self.owner.enabled:
             return None
-        k = kwargs | dict(zip(('input_ids', 'attention_mask'), args))
+        k = kwargs | dict(zip(inspect.signature(module.forward).parameters, args))
         if k.get('labels') is not None:
             raise ValueError(f'{type(self.delta).__name__} replaces the logits after the model has computed its loss; '
                              'compute the loss from the logits, as ftlab.fit does, and give the model no labels')
-        self.asked = k.get('output_hidden_states')
+        asked, pairs = k.get('output_hidden_states'), k.get('return_dict')
+        self.asked = module.config.output_hidden_states if asked is None else asked
+        self.pairs = module.config.return_dict if pairs is None else pairs
         return (), k | dict(output_hidden_states=True, return_dict=True)
 
     def after(self, module, args, kwargs, out):
         if not self.owner.enabled:
             return out
-        out.logits = self.delta(kwargs, out.hidden_states, out.logits).to(out.logits.dtype)
-        if not self.asked:
-            out.hidden_states = None
-        return out
+        inputs = kwargs | dict(past_key_values=out.get('past_key_values'))
+        out.logits = self.delta(inputs, out.hidden_states, out.logits).to(out.logits.dtype)
+        if not self.asked: # setting them to None would keep them under their name
+            out = type(out)(**{k: v for k, v in out.items() if k != 'hidden_states'})
+        return out if self.pairs else out.to_tuple()
 
 # %% ../../nbs/adapters/attach.ipynb #7b217392
 class _Weight(nn.Module):

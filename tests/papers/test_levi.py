@@ -37,7 +37,8 @@ def test_the_answer_is_the_mean_over_depths_of_what_each_says_of_both_views():
             zip((1, 2), d.adapt)]
     out = model(**b)
     torch.testing.assert_close(out.logits, sum(said)/2)
-    assert out.hidden_states is None and len(model(**b, output_hidden_states=True).hidden_states) == 3
+    assert out.hidden_states is None and 'hidden_states' not in out
+    assert len(model(**b, output_hidden_states=True).hidden_states) == 3
     by_hand = sum(p.numel() for p in d.parameters())
     assert by_hand == sum(p.numel() for p in att.parameters().values())
     att.detach()
@@ -80,6 +81,34 @@ def test_a_decoder_s_small_model_sees_no_later_token_and_follows_the_cache():
     torch.testing.assert_close(kept, whole[:, -1:])
     with pytest.raises(ValueError, match='use_cache=False'):
         model(input_ids=ids[:1, 7:], attention_mask=torch.ones(1, 99, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_two_texts_with_caches_are_not_mixed_up_and_beams_take_their_tokens_along():
+    model, ids = toy().eval(), torch.randint(5, 90, (2, 8))
+    beside(model)
+    whole = model(input_ids=ids).logits
+    caches = [model(input_ids=row[None, :6], use_cache=True).past_key_values for row in ids]
+    for row, cache, logits in zip(ids, caches, whole):
+        out = model(input_ids=row[None, 6:], past_key_values=cache)
+        torch.testing.assert_close(out.logits[0], logits[6:], atol=1e-5, rtol=1e-5)
+    how = dict(max_new_tokens=6, num_beams=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    assert torch.equal(said, model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **how))
+
+
+@torch.no_grad()
+def test_the_model_is_called_as_before():
+    model, b = classifier(), inputs()
+    beside(model)
+    kinds = torch.ones_like(b['input_ids'])
+    named = model(**b, token_type_ids=kinds).logits
+    assert torch.equal(model(*b.values(), kinds).logits, named)
+    assert not torch.equal(model(**b).logits, named)
+    (logits,) = model(**b, token_type_ids=kinds, return_dict=False)
+    assert torch.equal(logits, named)
+    model.config.output_hidden_states = True
+    assert len(model(**b).hidden_states) == 3
 
 
 @pytest.mark.parametrize('family', 'llama gpt2 opt gpt_neox bert'.split())
@@ -130,6 +159,7 @@ def test_each_view_may_stand_alone():
     (lambda: levi(taps=(), depth=0), 'one of the two views'),
     (lambda: levi(width=20, heads=4), 'multiple of twice the heads'),
     (lambda: levi(depth=-1), '0 or more'),
+    (lambda: levi(taps=2.5), 'give whole numbers'),
     (lambda: beside(classifier(), taps=(5,)), 'depths 0 to 2'),
     (lambda: levi().delta(torch.zeros(4, 4)), 'call fitted first'),
     (lambda: Views(torch.zeros(4, 4), depth=0), 'nothing is left'),
@@ -149,3 +179,8 @@ def test_inputs_that_it_cannot_read_say_so():
         model(**b, labels=torch.zeros(6, dtype=torch.long))
     with pytest.raises(ValueError, match='nor given as embeddings'):
         model(inputs_embeds=torch.zeros(1, 3, 32))
+    model = toy()
+    beside(model)
+    ids = torch.randint(5, 90, (1, 4))
+    with pytest.raises(ValueError, match='as a number of them'):
+        model(input_ids=ids, logits_to_keep=torch.tensor([0]))

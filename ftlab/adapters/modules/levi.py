@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
 from ..yardsticks.prompts import input_embedding
 from ...core.model import evaluating
 from ...core.paper import method
 from ...core.recipe import Recipe
 
 # %% auto #0
-__all__ = ['waves', 'Block', 'Small', 'Views', 'evenly', 'views_of', 'levi']
+__all__ = ['waves', 'Block', 'Small', 'Views', 'Read', 'evenly', 'views_of', 'levi']
 
 # %% ../../../nbs/adapters/modules/levi.ipynb #levi-8
 def waves(places:Tensor, # positions, [rows, tokens]
@@ -107,7 +108,6 @@ class Views(nn.Module):
             nn.Sequential(nn.Linear(read, width), nn.GELU(), nn.Linear(width, classes))
             for _ in self.taps or [None])
         self.to(W.dtype)
-        self.read = None # what an earlier call read, whose states the base keeps in a cache
 
     def forward(self, inputs, states, logits):
         ids, mask = self.whole(inputs)
@@ -129,20 +129,28 @@ class Views(nn.Module):
     def whole(self, inputs) -> tuple[Tensor, Tensor]: # ids and mask, both [rows, tokens]
         """Return the whole row, also if the base has read its beginning before and keeps it in a cache.
 
-        Raises `ValueError` for inputs that are no rows of tokens."""
+        Raises `ValueError` for inputs that are no rows of tokens, and for a cache of tokens that it has not read."""
         ids, mask, past = (inputs.get(k) for k in ('input_ids', 'attention_mask', 'past_key_values'))
-        if ids is None or mask is not None and mask.ndim != 2:
+        if isinstance(inputs.get('logits_to_keep'), Tensor):
+            raise ValueError('LEVI answers at the last tokens; give logits_to_keep as a number of them')
+        if ids is None or ids.ndim != 2 or mask is not None and mask.ndim != 2:
             raise ValueError('the small model of LEVI reads input_ids, [rows, tokens], and an attention mask of the '
                              'same shape; rows cannot be packed, nor given as embeddings')
-        rows, new = ids.shape
-        length = mask.shape[1] if mask is not None else max(new, past.get_seq_length() if past else 0)
-        if length > new:
-            if self.read is None or self.read.shape != (rows, length - new):
-                raise ValueError(f'the base keeps {length - new} tokens in a cache that LEVI has not read in the call '
-                                 'before; give the whole row, with use_cache=False')
-            ids = torch.cat([self.read, ids], 1)
-        self.read = None if self.training else ids
+        new, layers = ids.shape[1], getattr(past, 'layers', [])
+        length = max(new, past.get_seq_length()) if layers and mask is None else (ids if mask is None else mask).shape[1]
+        read = next((layer for layer in layers if isinstance(layer, Read)), None)
+        known = read.get_seq_length() if read else 0
+        if known != length - new:
+            raise ValueError(f'the base keeps {length - new} tokens in a cache, of which LEVI has read {known}; give the '
+                             'whole row, with use_cache=False')
+        if layers:
+            if read is None:
+                layers.append(read := Read())
+            ids = read.update(*2*[ids[:, None, :, None]])[0][:, 0, :, 0]
         return ids, torch.ones_like(ids) if mask is None else mask
+
+class Read(DynamicLayer):
+    "The tokens of each row, as one more layer of the base's cache, which moves them when a search moves the rows"
 
 def _row(h:Tensor, mask:Tensor) -> Tensor:
     "Average states over the tokens of each row, [rows, width]"
@@ -211,7 +219,12 @@ def levi(taps:int|tuple[int, ...]=4, # how many depths of the base, or which (0:
         ) -> Recipe:
     """Answer from a frozen base and a small model trained from scratch, joined at several depths
 
-    Raises `ValueError` if neither view is left, and for a width that is no multiple of twice the heads."""
+    Raises `ValueError` if neither view is left, for a width that is no multiple of twice the heads, and for what is
+    no whole number."""
+    several = taps if isinstance(taps, (tuple, list)) else (taps,)
+    if not all(isinstance(n, int) for n in (*several, width, depth, heads)):
+        raise ValueError(f'taps is {taps}, width {width}, depth {depth} and heads {heads}; give whole numbers, for taps '
+                         'one or a tuple of them')
     taps = taps if isinstance(taps, int) else tuple(taps)
     if depth < 0 or isinstance(taps, int) and taps < 0:
         raise ValueError(f'depth is {depth} and taps is {taps}; both must be 0 or more')
