@@ -137,12 +137,12 @@ class Views(nn.Module):
             raise ValueError('the small model of LEVI reads input_ids, [rows, tokens], and an attention mask of the '
                              'same shape; rows cannot be packed, nor given as embeddings')
         new, layers = ids.shape[1], getattr(past, 'layers', [])
-        length = max(new, past.get_seq_length()) if layers and mask is None else (ids if mask is None else mask).shape[1]
+        length = mask.shape[1] if mask is not None else max(new, past.get_seq_length() if layers else 0)
         read = next((layer for layer in layers if isinstance(layer, Read)), None)
         known = read.get_seq_length() if read else 0
         if known != length - new:
-            raise ValueError(f'the base keeps {length - new} tokens in a cache, of which LEVI has read {known}; give the '
-                             'whole row, with use_cache=False')
+            raise ValueError(f'the base keeps {length - new} tokens in a cache, of which LEVI has read {known}; give '
+                             'the whole row, with use_cache=False')
         if layers:
             if read is None:
                 layers.append(read := Read())
@@ -223,8 +223,8 @@ def levi(taps:int|tuple[int, ...]=4, # how many depths of the base, or which (0:
     no whole number."""
     several = taps if isinstance(taps, (tuple, list)) else (taps,)
     if not all(isinstance(n, int) for n in (*several, width, depth, heads)):
-        raise ValueError(f'taps is {taps}, width {width}, depth {depth} and heads {heads}; give whole numbers, for taps '
-                         'one or a tuple of them')
+        raise ValueError(f'taps is {taps}, width {width}, depth {depth} and heads {heads}; give whole numbers, for '
+                         'taps one or a tuple of them')
     taps = taps if isinstance(taps, int) else tuple(taps)
     if depth < 0 or isinstance(taps, int) and taps < 0:
         raise ValueError(f'depth is {depth} and taps is {taps}; both must be 0 or more')
