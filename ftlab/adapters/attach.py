@@ -4,7 +4,7 @@
 
 # %% ../../nbs/adapters/attach.ipynb #d828f865
 from __future__ import annotations
-import tempfile, weakref
+import inspect, tempfile, weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,6 +206,35 @@ def _is_plain(cache) -> bool:
     "Whether each layer keeps all keys and values, and nothing else"
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)
     return plain and isinstance(cache, DynamicCache)
+
+# %% ../../nbs/adapters/attach.ipynb #b2beside
+class _Beside:
+    "Show a delta what the model reads and thinks, and let it answer in the model's place"
+
+    def __init__(self, owner, delta):
+        self.owner, self.delta = owner, delta
+        self.asked, self.pairs = False, True # for states, and for an output with names
+
+    def before(self, module, args, kwargs):
+        if not self.owner.enabled:
+            return None
+        k = kwargs | dict(zip(inspect.signature(module.forward).parameters, args))
+        if k.get('labels') is not None:
+            raise ValueError(f'{type(self.delta).__name__} replaces the logits after the model has computed its loss; '
+                             'compute the loss from the logits, as ftlab.fit does, and give the model no labels')
+        asked, pairs = k.get('output_hidden_states'), k.get('return_dict')
+        self.asked = module.config.output_hidden_states if asked is None else asked
+        self.pairs = module.config.return_dict if pairs is None else pairs
+        return (), k | dict(output_hidden_states=True, return_dict=True)
+
+    def after(self, module, args, kwargs, out):
+        if not self.owner.enabled:
+            return out
+        inputs = kwargs | dict(past_key_values=out.get('past_key_values'))
+        out.logits = self.delta(inputs, out.hidden_states, out.logits).to(out.logits.dtype)
+        if not self.asked: # setting them to None would keep them under their name
+            out = type(out)(**{k: v for k, v in out.items() if k != 'hidden_states'})
+        return out if self.pairs else out.to_tuple()
 
 # %% ../../nbs/adapters/attach.ipynb #7b217392
 class _Weight(nn.Module):
@@ -496,8 +525,8 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     check_bare(model)
     check_selection(model, chosen)
     params = dict(model.named_parameters())
-    if beside and (site := declared(delta, 'site', 'weight')) in BEFORE:
-        raise ValueError(f'the model has new tokens, whose rows train beside the method, and a {site} '
+    if beside and (site := declared(delta, 'site', 'weight')) in (*BEFORE, 'model'):
+        raise ValueError(f'the model has new tokens, whose rows train beside the method, and a {site} delta '
                          'cannot stand on the same embedding; use another method, such as lora')
     # a weight that was chosen whole has these entries already; each entry has one change
     beside = {n: m for n, m in (beside or {}).items()
@@ -586,6 +615,8 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
     if site in BEFORE:
         _check_decoder(model, name, site)
         return (_check_prompt if site == 'prompt' else _check_prefix)(model)
+    if site == 'model':
+        return _check_beside(model, name)
     if site != 'weight' and isinstance(owner_of(model, name)[0], nn.Embedding):
         raise ValueError(f'{name!r} belongs to an embedding, which looks rows up; {title} changes the activations of '
                          'a layer: select the weights of linear layers only')
@@ -621,6 +652,14 @@ def _check_prefix(model):
         raise ValueError(f'{type(model).__name__} does not keep the keys and values of all tokens in every layer '
                          f'({", ".join(odd)}), so no prefix can stand before them; use prompt_tuning or lora')
 
+def _check_beside(model, name):
+    "Raise `ValueError` unless a delta can stand beside this model"
+    if model.base_model is model or model.config.is_encoder_decoder:
+        raise ValueError(f'{type(model).__name__} is no encoder or decoder with a head, whose logits a delta beside it '
+                         'could replace; load it with a head, or use another method, such as lora')
+    if owner_of(model, name)[0] is not model.get_input_embeddings():
+        raise ValueError(f'{name!r} is not the input embedding, to which a delta beside the model belongs')
+
 # %% ../../nbs/adapters/attach.ipynb #730f34bc1
 def make_delta(model:nn.Module, name:str, mask, delta:Callable) -> nn.Module:
     """Make the delta of one weight, which it sees as [out, in], on the weight's device;
@@ -651,6 +690,10 @@ def _place(att, name, d):
         att.handles[name] = on.register_forward_pre_hook(put.before, with_kwargs=True)
         if d.site == 'prompt':
             att.handles[f'{name} after'] = on.register_forward_hook(put.after, with_kwargs=True)
+    elif d.site == 'model':
+        put = _Beside(att, d)
+        att.handles[name] = att.model.register_forward_pre_hook(put.before, with_kwargs=True)
+        att.handles[f'{name} after'] = att.model.register_forward_hook(put.after, with_kwargs=True)
     elif d.site == 'input':
         att.handles[name] = module.register_forward_pre_hook(_Input(att, d))
     else:
