@@ -98,6 +98,8 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'add the tokens with ftlab\.load\(name, add_tokens=\[\.\.\.\]\) to a model that lacks them, or name their rows, '
      r'model\.new_rows = tok\.convert_tokens_to_ids\(\[\.\.\.\]\): every method trains both',
      'take the model without these tokens and add them with --add-tokens: every method trains their rows'),
+    (r"give a tuned model's, run\.delta\.tensors\(\), before it is detached",
+     'raise the rate or the steps of the fine-tuning'),
     (r'give the same labels when you read both',
      'name the labels of both, in order, with --labels'),
     (r'load the model with resize=True and train it again',

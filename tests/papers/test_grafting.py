@@ -283,3 +283,10 @@ def test_a_graft_alone_resumes(tmp_path):
     assert fit(toy(), TOK, lab_data(), recipe, callbacks=(Cut(),), **more).interrupted
     again = fit(toy(), TOK, lab_data(), recipe, resume=True, **more)
     assert same(weights(again.model), weights(whole.model))
+
+
+def test_new_tokens_are_refused_before_anything_is_trained():
+    model = toy()
+    model.new_rows = [5]
+    with pytest.raises(ValueError, match='rows of the new tokens would be lost'):
+        fit(model, TOK, lab_data(), grafting(), steps=2, progress=False)

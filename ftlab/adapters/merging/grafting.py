@@ -16,6 +16,7 @@ from ..select import highest
 from ...core.anatomy import anatomy
 from ...core.loading import head_names
 from ...core.model import evaluating
+from ...core.new_tokens import new_rows
 from ...core.paper import Method, method
 from ...core.recipe import Recipe, Stages
 from ...trainers.step import Backprop, NotFinite
@@ -27,7 +28,11 @@ __all__ = ['WHY', 'STEPS', 'graftable', 'is_number', 'how_many', 'largest', 'kee
 
 # %% ../../../nbs/adapters/merging/grafting.ipynb #grafting-region
 def graftable(model, batches=None, seed=0) -> dict[str, bool]:
-    "Select all parameters but embeddings and heads, as the official scripts do"
+    """Select all parameters but embeddings and heads, as the official scripts do. Raises
+    `ValueError` for a model with new tokens, whose rows would not be in the graft"""
+    if new_rows(model):
+        raise ValueError('a graft leaves embeddings as they are, so the rows of the new tokens would be lost; '
+                         'take another method for a model with new tokens')
     parts = {n: part for n, (_, part, _) in anatomy(model).locations.items()}
     return {n: True for n, part in parts.items() if part not in ('embedding', 'head')}
 
