@@ -44,7 +44,9 @@ def rows(n, split, seed, cue):
 
 def tune(recipe, data, rate, seed, steps):
     model, tok = ftlab.load('lab-e', labels=data.labels, seed=seed)
-    return ftlab.fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, progress=False, batch_size=16), tok
+    run = ftlab.fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, batch_size=16,
+                    progress=False)
+    return run, tok
 
 @torch.no_grad()
 def chances(model, tok, asked):

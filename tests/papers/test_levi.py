@@ -79,7 +79,7 @@ def test_a_decoder_s_small_model_sees_no_later_token_and_follows_the_cache():
     torch.testing.assert_close(last.logits, whole[:, 6:], atol=1e-5, rtol=1e-5)
     kept = model(input_ids=ids, logits_to_keep=1).logits
     torch.testing.assert_close(kept, whole[:, -1:])
-    with pytest.raises(ValueError, match='use_cache=False'):
+    with pytest.raises(ValueError, match='the whole row, without a cache'):
         model(input_ids=ids[:1, 7:], attention_mask=torch.ones(1, 99, dtype=torch.long))
 
 

@@ -130,19 +130,21 @@ class Views(nn.Module):
         """Return the whole row, also if the base has read its beginning before and keeps it in a cache.
 
         Raises `ValueError` for inputs that are no rows of tokens, and for a cache of tokens that it has not read."""
-        ids, mask, past = (inputs.get(k) for k in ('input_ids', 'attention_mask', 'past_key_values'))
+        names = 'input_ids', 'attention_mask', 'past_key_values'
+        ids, mask, past = (inputs.get(k) for k in names)
         if isinstance(inputs.get('logits_to_keep'), Tensor):
             raise ValueError('LEVI answers at the last tokens; give logits_to_keep as a number of them')
         if ids is None or ids.ndim != 2 or mask is not None and mask.ndim != 2:
             raise ValueError('the small model of LEVI reads input_ids, [rows, tokens], and an attention mask of the '
                              'same shape; rows cannot be packed, nor given as embeddings')
         new, layers = ids.shape[1], getattr(past, 'layers', [])
-        length = mask.shape[1] if mask is not None else max(new, past.get_seq_length() if layers else 0)
+        known = past.get_seq_length() if layers else 0
+        length = mask.shape[1] if mask is not None else max(new, known)
         read = next((layer for layer in layers if isinstance(layer, Read)), None)
         known = read.get_seq_length() if read else 0
         if known != length - new:
             raise ValueError(f'the base keeps {length - new} tokens in a cache, of which LEVI has read {known}; give '
-                             'the whole row, with use_cache=False')
+                             'the whole row, without a cache')
         if layers:
             if read is None:
                 layers.append(read := Read())
