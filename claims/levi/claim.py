@@ -81,4 +81,5 @@ def identities():
     return {'the speaker fits 9 of 10 labels, within 3 in 100': abs(fits['id']/2000 - .9) < .03,
             'and 1 of 10 when it misleads': abs(fits['ood']/2000 - .1) < .03,
             'each label has as many words as the other':
-            len(words(0)['good']) == len(words(0)['bad']) and not set(words(0)['good']) & set(words(0)['bad'])}
+            len(words(0)['good']) == len(words(0)['bad'])
+            and not set(words(0)['good']) & set(words(0)['bad'])}

@@ -94,7 +94,8 @@ def test_two_texts_with_caches_are_not_mixed_up_and_beams_take_their_tokens_alon
         torch.testing.assert_close(out.logits[0], logits[6:], atol=1e-5, rtol=1e-5)
     how = dict(max_new_tokens=6, num_beams=3, do_sample=False, pad_token_id=0, eos_token_id=None)
     said = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
-    assert torch.equal(said, model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **how))
+    mask = torch.ones_like(ids)
+    assert torch.equal(said, model.generate(ids, attention_mask=mask, use_cache=False, **how))
 
 
 @torch.no_grad()
@@ -135,7 +136,8 @@ def test_half_precision_is_rounded_once():
 def test_a_classifier_learns_saves_and_loads(tmp_path):
     model = classifier()
     was = {n: p.clone() for n, p in model.named_parameters()}
-    run = fit(model, TOK, label_data(), levi(taps=2, width=16), steps=3, batch_size=4, progress=False)
+    run = fit(model, TOK, label_data(), levi(taps=2, width=16), steps=3, batch_size=4,
+              progress=False)
     assert all(torch.equal(p, was[n]) for n, p in run.model.named_parameters() if n in was)
     run.delta.save(tmp_path/'d.safetensors')
     fresh = classifier()
