@@ -274,7 +274,7 @@ def property_mask(model:nn.Module, tok, heads:Sequence[Site], place:str, prop:st
     return learn_mask(model, prompts.batch, source.batch, wanted, heads, prompts.at[place],
                       source.at[place], penalty=penalty, steps=steps)
 
-# %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0013ec7c
+# %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #ccd86f09
 def base_circuit(model:nn.Module, tok, seed:int=0, boxes:int=7,
                  prompts:int=200,                  # a sixth of them for path patching, a quarter for pruning
                  sizes:Sequence[int]=(8, 4, 6, 4)  # as in `box_circuit`
