@@ -151,6 +151,7 @@ class Views(nn.Module):
             ids = read.update(*2*[ids[:, None, :, None]])[0][:, 0, :, 0]
         return ids, torch.ones_like(ids) if mask is None else mask
 
+# %% ../../../nbs/adapters/modules/levi.ipynb #4fa23aea
 class Read(DynamicLayer):
     "The tokens of each row, as one more layer of the base's cache, which moves them when a search moves the rows"
 

@@ -77,6 +77,7 @@ def _left_out(x:np.ndarray, y:np.ndarray) -> np.ndarray:
     own = 1/len(x) + kept@(u**2).T # how much a stimulus tells of itself
     return ((error/np.maximum(1 - own, 1e-12)[..., None])**2).sum(1)
 
+# %% ../../../nbs/beyond/brain/brain_alignment.ipynb #9fbbb808
 def splits(rows:int, groups:Sequence|None, folds:int, seed:int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split rows into training and test parts; rows of one group stay together.
     Raises `ValueError` for fewer groups than folds"""

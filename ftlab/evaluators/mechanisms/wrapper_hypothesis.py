@@ -172,6 +172,7 @@ def all_units(model:nn.Module) -> list[Unit]:
     return [Unit(kind, block, i) for (kind, block), (_, n, _) in _groups(model).items()
             for i in range(n)]
 
+# %% ../../../nbs/evaluators/mechanisms/wrapper_hypothesis.ipynb #46df5a1f
 def _gates(model, groups, removed) -> dict[tuple[str, int], Tensor]:
     "Make gates of 1 for all units, and of 0 for those that are removed"
     gates = {k: torch.ones(n, device=device_of(model)) for k, (_, n, _) in groups.items()}
