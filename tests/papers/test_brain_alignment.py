@@ -12,6 +12,13 @@ from tests.toys import TOK, toy
 DRAW = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def _drawn_anew():
+    "Each test draws the same numbers whichever ran before it"
+    global DRAW
+    DRAW = np.random.default_rng(0)
+
+
 def standardised(x, by):
     return (x - by.mean(0))/by.std(0)
 
@@ -48,7 +55,7 @@ def test_each_voxel_has_the_penalty_that_leaves_out_one_stimulus_best():
 def test_with_groups_the_penalty_is_the_one_that_leaves_out_groups_best():
     groups = np.repeat(np.arange(12), 4)
     x = DRAW.normal(size=(12, 20))[groups] + .1*DRAW.normal(size=(48, 20))
-    y, new = DRAW.normal(size=(12, 3))[groups] + x[:, :3], DRAW.normal(size=(5, 20))
+    y, new = DRAW.normal(size=(12, 9))[groups] + .1*x[:, :9], DRAW.normal(size=(5, 20))
     a, b, chosen = standardised(x, x), standardised(new, x), []
     for v, found in enumerate(brain.ridge(x, y, new, groups).T):
         errors = [sum(((RidgeCV([p]).fit(a[i], y[i, v]).predict(a[j]) - y[j, v])**2).sum()
@@ -87,8 +94,8 @@ def test_correlation_is_scipys_and_a_constant_has_none():
 @pytest.mark.parametrize('noise', (.5, 2., 6.))
 @pytest.mark.parametrize('repeats', (4, 5))
 def test_the_ceiling_is_the_correlation_of_the_truth(noise, repeats):
-    signal = DRAW.normal(size=(600, 30))
-    heard = signal + noise*DRAW.normal(size=(repeats, 600, 30))
+    signal = DRAW.normal(size=(2000, 30))
+    heard = signal + noise*DRAW.normal(size=(repeats, 2000, 30))
     true = brain.pearson(signal, heard.mean(0))
     assert abs(np.median(true) - np.median(brain.ceiling(heard, draws=20))) < .03
     assert abs(np.median(true) - (1 + noise**2/repeats)**-.5) < .03
