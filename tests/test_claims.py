@@ -606,6 +606,12 @@ def test_a_failed_control_and_one_with_a_wrong_name(runs):
     with pytest.raises(ValueError, match="control 'high': b has no number 'mm'"):
         run_claim(claim_at(runs, (SCRIPTED + control).replace('metric = "m"\nat_least', 'metric = "mm"\nat_least')))
 
+def test_a_control_reads_a_number_of_any_name(runs):
+    "'old' alone is how a bench calls its old scores, which are too many to keep"
+    r = run_claim(claim_at(runs, SCRIPTED + '\n[[control]]\nname = "low"\narm = "b"\nmetric = "old"\nat_most = 0.1\n',
+                           SCRIPT.replace('return dict(m=level', 'return dict(old=.05, m=level')))
+    assert r['controls'][0]['ok'] and r['controls'][0]['values'] == 5*[.05]
+
 @pytest.mark.parametrize('arm, value', [('a', -1.), ('b', 2.)])
 def test_a_run_that_breaks_down_counts_against_the_claim(runs, arm, value):
     broken = SCRIPT.replace('    near', f"    if seed == 3 and arm == {arm!r}:\n        raise "

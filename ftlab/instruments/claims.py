@@ -612,9 +612,9 @@ def _cell_name(arm, rate) -> str:
     return arm if rate is None else f'{arm}@{rate:g}'
 
 def _small(o) -> dict:
-    "Return an outcome without its items"
+    "Return an outcome without its items; a number of a script stays, whatever its name"
     keep = {k: round(v, 6) if isinstance(v, float) else v for k, v in o.items()
-            if k not in ('items', 'path', 'old', 'doses')}
+            if k not in ('items', 'path', 'old', 'doses') or isinstance(v, (int, float))}
     if o.get('path'):
         keep['path'] = [{k: round(v, 6) for k, v in r.items() if isinstance(v, (int, float))}
                         for r in o['path']]
