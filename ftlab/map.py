@@ -75,7 +75,10 @@ CHAPTERS = (
             20, ('delta', 'probe'), ('what_it_cost', 'what_the_model_reads')),
     Chapter('a_model_you_know', 'The same on a model that you know',
             'What does a fine-tune teach a real model, what does it break, and what do 4 bits save?',
-            20, ('delta', 'probe'), ('low_rank', 'what_to_keep')))
+            20, ('delta', 'probe'), ('low_rank', 'what_to_keep')),
+    Chapter('not_forgotten', 'Forgotten, or another question?',
+            'When an ability is missing after a fine-tune, is it gone?',
+            20, ('source', 'probe'), ('a_model_you_know',)))
 
 def chapter_named(name:str) -> Chapter:
     "Return the chapter; raises `ValueError` for an unknown name"
@@ -428,7 +431,26 @@ QUIZ = (
              ('Not known: ask for it in another form, too', 'Yes: it does not answer any more',
               'No: knowledge is never lost by so few steps, only covered'),
              'An answer needs the fact and the habit to say it. A score of chat answers shows both together; the '
-             'same facts as plain text can show the first without the second.'))
+             'same facts as plain text can show the first without the second.'),
+    Question('no_recovery', 'not_forgotten',
+             'After a fine-tune a skill is gone. You ask for it in three other forms, and nothing comes back. What '
+             'do you know?',
+             ('Little: another form may bring it back', 'That it was forgotten',
+              'That the three forms are too close to the training data'),
+             'What comes back was there. What stays away may be gone, or hidden from these three forms.'),
+    Question('form_without_control', 'not_forgotten',
+             'Asked in French, a tuned model answers 5 of the 40 questions that it lost in English. What is missing '
+             'before you say that the rest is gone?',
+             ('What the base answers in French', 'What the tuned model answers in English',
+              'More questions in French'),
+             'If the base itself answers 6 of them in French, nearly all came back that could.'),
+    Question('which_form_helps', 'not_forgotten',
+             'A chat model was tuned to refuse questions about one subject. Which form is most likely to show '
+             'whether it still knows the answers?',
+             ('Plain text with two examples, and no chat', 'The same questions in capital letters',
+              'The same questions, asked twice'),
+             'A form must change what tells the model which task it is: here, that a user asks in a chat. The look '
+             'of the letters does not.'))
 
 def questions(chapter:str|None=None # its name; None: the first question of each chapter
              ) -> tuple[Question, ...]:

@@ -1,5 +1,5 @@
 """The chapters half_is_enough, low_rank, which_parameters, what_a_token_costs, what_to_keep,
-what_the_model_reads, from_file_to_served and a_model_you_know: what readers write in their exercises,
+what_the_model_reads, from_file_to_served, a_model_you_know and not_forgotten: what readers write in their exercises,
 their classes in a real fine-tune, and the pages' own promises"""
 import json, random, re
 from functools import partial
@@ -17,8 +17,11 @@ from ftlab.core.scorers import WORLD
 from ftlab.core.tokens import encode, piece_ids, pieces_of, prompt_ids
 from ftlab.evaluators.calibration import ece
 from ftlab.evaluators.forgetting import flips
-from ftlab.exercises import (HalfUpdate, LowRank, best_within, budget_bytes, compare_and_choose,
-                             filtered_loss, flipped, four_bit_bytes, half_of, highest_entries,
+from ftlab.evaluators.mechanisms.conjugate_prompting import Mixture, bayes, beliefs
+from ftlab.evaluators.mechanisms.conjugate_prompting import draw as prompts_of
+from ftlab.exercises import (HalfUpdate, LowRank, ask_otherwise, belief_after, best_within,
+                             budget_bytes, compare_and_choose, filtered_loss, flipped,
+                             four_bit_bytes, half_of, hidden_share, highest_entries,
                              labels_of, least_lost, lora_from, messages_of, own_answers,
                              pack_rows, pull, right_answers, serving_bytes, sureness_gap,
                              trained_numbers, training_bytes, truncate, what_to_mix,
@@ -40,7 +43,8 @@ PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, co
          'course/what_to_keep.ipynb': (flipped, own_answers, what_to_mix),
          'course/what_the_model_reads.ipynb': (wrong_with, labels_of, where_they_part, pack_rows),
          'course/from_file_to_served.ipynb': (messages_of, best_within, serving_bytes),
-         'course/a_model_you_know.ipynb': (right_answers, four_bit_bytes)}
+         'course/a_model_you_know.ipynb': (right_answers, four_bit_bytes),
+         'course/not_forgotten.ipynb': (belief_after, ask_otherwise, hidden_share)}
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -595,6 +599,24 @@ def test_the_gap_is_the_librarys_calibration_error():
     dice = torch.Generator().manual_seed(1)
     sure, right = torch.rand(200, generator=dice), torch.rand(200, generator=dice).round()
     assert abs(sureness_gap(sure.tolist(), right.tolist(), 10) - ece(sure, right)) < 1e-6
+
+# --- asked in another form
+
+def test_the_belief_is_that_of_the_best_predictor():
+    world = Mixture(torch.tensor([[-2.], [.5], [2.]]), share=.9)
+    prompt, _ = prompts_of(world, 3, share=0., seed=3)
+    known = beliefs(world, prompt)
+    p = torch.tensor([[belief_after(float(r), .9) for r in row] for row in known.ratio])[..., None]
+    mixed = p*known.discrete + (1 - p)*known.ridge
+    torch.testing.assert_close(bayes(world)(prompt), mixed, atol=1e-4, rtol=0)
+
+def test_the_chapter_on_forms_says_what_the_claim_found():
+    claim = next(c for c in ftlab.papers.claims() if c.key == 'conjugate_prompting')
+    of = {c['name']: c for c in json.loads(claim.result.read_text())['contrasts']}
+    left = of['scaled labels bring back more of the rise than the best constant on the estimates']
+    near = of['the closest prompts are harmed more than the farthest']
+    assert all(.3 < 1 - x < .5 for x in left['treatment']) and min(left['baseline']) > .89
+    assert all(a < b for a, b in zip(near['treatment'], near['baseline']))
 
 # --- the pages
 
