@@ -2,9 +2,9 @@
 import pytest, torch
 from ftlab.core.loading import load
 from ftlab.evaluators.mechanisms.entity_circuits import (
-    GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
-    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, other_tokens, path_scores,
-    property_mask, pruned, random_groups)
+    GROUPS, PROPERTIES, base_circuit, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
+    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, entity_circuits, other_tokens,
+    path_scores, property_mask, pruned, random_groups)
 from ftlab.evaluators.circuits import circuit_logits, probability
 from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
 from toys import TOK, toy
@@ -99,6 +99,14 @@ def test_a_prompt_with_a_wrong_answer_does_not_decide_which_heads_matter():
     scores = path_scores(Paths(), p, p, [], 'last')
     assert min(scores, key=scores.get) == Site('head', 0, 0)
     assert abs(scores[Site('head', 0, 0)] - (.61/1.80001 - 1)) < 1e-3
+
+
+def test_a_circuit_that_is_found_once_gives_what_the_study_finds_anew():
+    "The claim finds it once for all rates, with the same seeds, prompts and sizes"
+    toy = dict(base='lab-s', revision=None, boxes=3, steps=2, prompts=4, sizes=(2, 1, 1, 1), controls=1)
+    model, tok = load('lab-s')
+    once = base_circuit(model, tok, 3, 3, 4, (2, 1, 1, 1))
+    assert entity_circuits(3, **toy, masks=0, groups=once) == entity_circuits(3, **toy, masks=0)
 
 
 @pytest.mark.parametrize('moved', [False, True])
