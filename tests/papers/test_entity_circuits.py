@@ -103,10 +103,11 @@ def test_a_prompt_with_a_wrong_answer_does_not_decide_which_heads_matter():
 
 def test_a_circuit_that_is_found_once_gives_what_the_study_finds_anew():
     "The claim finds it once for all rates, with the same seeds, prompts and sizes"
-    toy = dict(base='lab-s', revision=None, boxes=3, steps=2, prompts=4, sizes=(2, 1, 1, 1), controls=1)
-    model, tok = load('lab-s')
-    once = base_circuit(model, tok, 3, 3, 4, (2, 1, 1, 1))
-    assert entity_circuits(3, **toy, masks=0, groups=once) == entity_circuits(3, **toy, masks=0)
+    sizes = 2, 1, 1, 1
+    toy = dict(base='lab-s', revision=None, boxes=3, steps=2, prompts=4, sizes=sizes, controls=1,
+               masks=0)
+    once = base_circuit(*load('lab-s'), 3, 3, 4, sizes)
+    assert entity_circuits(3, **toy, groups=once) == entity_circuits(3, **toy)
 
 
 @pytest.mark.parametrize('moved', [False, True])
