@@ -4496,6 +4496,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._far_off': ( 'instruments/claims.html#_far_off',
                                                                                  'ftlab/instruments/claims.py'),
+                                          'ftlab.instruments.claims._gap': ('instruments/claims.html#_gap', 'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._identities': ( 'instruments/claims.html#_identities',
                                                                                     'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._known_worse': ( 'instruments/claims.html#_known_worse',

@@ -467,16 +467,50 @@ def test_a_script_claim_end_to_end(runs):
 
 LESS = 'dict(a=.9, b=.9, less=.2)'
 
-@pytest.mark.parametrize('breaks, verdict', [('False', 'holds'), ('arm == "less" and split == "test"', 'unclear')])
-def test_an_arm_that_is_known_to_be_worse_and_breaks_down_shows_nothing(runs, breaks, verdict):
-    text = SCRIPTED.replace('"superiority"', '"noninferiority"').replace(
+BROKEN = '    if {}:\n        raise FloatingPointError("NaN")\n    near'
+IN_TEST = 'arm == "less" and split == "test"'
+
+@pytest.mark.parametrize('kind', ['noninferiority', 'equivalence', 'equivalence without best'])
+@pytest.mark.parametrize('breaks, verdict', [('False', 'holds'), (IN_TEST, 'unclear')])
+def test_an_arm_that_is_known_to_be_worse_and_breaks_down_shows_nothing(runs, kind, breaks, verdict):
+    text = SCRIPTED.replace('"superiority"', f'"{kind.split()[0]}"').replace(
         'metric = "m"', 'metric = "m"\nworse = "less"').replace(
         'base = {}', 'less = {grid = [1.0, 3.16, 10.0, 31.6]}, base = {}')
-    script = SCRIPT.replace('dict(a=.9, b=.4)', LESS).replace(
-        '    near', f'    if {breaks}:\n        raise FloatingPointError("NaN")\n    near')
+    text = text.replace('best = 2.0\n', '') if 'without' in kind else text
+    script = SCRIPT.replace('dict(a=.9, b=.4)', LESS).replace('    near', BROKEN.format(breaks))
     r = run_claim(claim_at(runs, text, script))
     assert r['verdict'] == verdict
     assert ('less also lies within the margin' in r['reason']) == (verdict == 'unclear')
+
+TRIVIAL = SCRIPTED.replace('base = {}', 'less = {grid = [1.0, 3.16, 10.0, 31.6]}').replace(
+    'trivial = {name = "base", arm = "base"}', 'trivial = {name = "less", arm = "less"}')
+
+@pytest.mark.parametrize('kind', ['superiority', 'equivalence without best'])
+@pytest.mark.parametrize('breaks, verdict', [('False', 'holds'), (IN_TEST, 'unclear')])
+def test_a_trivial_alternative_that_breaks_down_shows_no_room(runs, kind, breaks, verdict):
+    text, levels = TRIVIAL, 'dict(a=.9, b=.4, less=.2)'
+    if 'without' in kind:
+        text = text.replace('"superiority"', '"equivalence"').replace('best = 2.0\n', '').replace(
+            'metric = "m"', 'metric = "m"\nworse = "less"')
+        levels = LESS
+    script = SCRIPT.replace('dict(a=.9, b=.4)', levels).replace('    near', BROKEN.format(breaks))
+    r = run_claim(claim_at(runs, text, script))
+    assert r['verdict'] == verdict
+    assert ('trivial alternative (less' in r['reason']) == (verdict == 'unclear')
+
+def test_a_trivial_alternative_made_of_an_arm_that_breaks_down_does_not_stop_the_claim(runs):
+    text = TRIVIAL.replace('less = {grid = [1.0, 3.16, 10.0, 31.6]}', 'base = {}')
+    script = SCRIPT.replace('    near', BROKEN.format('arm == "b" and split == "test"')) + (
+        'def derive(found):\n    return dict(less=dict(m=.2))\n')
+    r = run_claim(claim_at(runs, text, script))
+    assert r['verdict'] == 'unclear' and r['contrasts'][0]['trivial']['values'] == [2.]*5
+
+def test_a_trivial_alternative_is_at_its_best_rate(runs):
+    "Not at one of its lowest, though no contrast compares it by a gain"
+    script = SCRIPT.replace('dict(a=.9, b=.4)', 'dict(a=.9, b=.4, less=.2)').replace(
+        'rate/5', '(rate/31.6 if arm == "less" else rate/5)')
+    row, = run_claim(claim_at(runs, TRIVIAL, script))['contrasts']
+    assert row['rates']['less'] == 31.6
 
 def test_an_arm_that_the_script_lacks_stops_the_claim(runs):
     with pytest.raises(KeyError, match='b'):

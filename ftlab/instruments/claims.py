@@ -418,10 +418,15 @@ class Part:
         return out
 
     def _trivial(self, c, found, target) -> float|None:
-        "Return the level of the trivial alternative; `None` if it never reaches the target gain"
+        """Return the level of the trivial alternative; `None` if it never reaches the target gain. A run of it that
+        broke down shows no room: it counts as the best possible value, or as the better of the two sides"""
         if 'value' in c['trivial']:
             return float(c['trivial']['value'])
-        o = found[c['trivial']['arm']]
+        o = outcome_of(found, c['trivial']['arm'])
+        if o.get('error'):
+            better = max if c.get('higher_is_better', True) else min
+            sides = (side(c, w, found, target)[0] for w in ('treatment', 'baseline'))
+            return float(c['best']) if 'best' in c else better(sides)
         return None if reading(o, c['metric'], target) is None else arm_value(c, o, target)[0]
 
     def tuning_row(self, c, plan) -> dict:
@@ -583,12 +588,20 @@ def _known_worse(part, c, row) -> dict:
     if c['kind'] == 'superiority':
         return {}
     if 'worse' in c:
-        seen = [part.found(row, s, 'test') for s in part.claim.spec['seeds']]
-        level = lambda f: arm_value(c, outcome_of(f, c['worse']), row['target'], against=False)[0]
-        gap = [level(f) - side(c, 'baseline', f, row['target'])[0] for f in seen]
-        return dict(worse=dict(name=c['worse'], effects=gap))
+        gaps = [_gap(c, part.found(row, s, 'test'), row['target'])
+                for s in part.claim.spec['seeds']]
+        return dict(worse=dict(name=c['worse'], effects=gaps))
     return (dict(worse=dict(name='the baseline after half of its steps',
                             effects=row['half']['baseline'])) if 'half' in row else {})
+
+def _gap(c, found, target) -> float:
+    """Return the arm that is known to be worse minus the baseline. A run of it that broke down shows nothing: it is as
+    good as possible, and with equivalence, where a better arm is told apart as well, as good as the baseline"""
+    outcome = outcome_of(found, c['worse'])
+    if outcome.get('error') and c['kind'] == 'equivalence':
+        return 0.
+    return (arm_value(c, outcome, target, against=False)[0]
+            - side(c, 'baseline', found, target)[0])
 
 # %% ../../nbs/instruments/claims.ipynb #001613bc2
 def _cells(part, rows) -> tuple[dict, dict]:

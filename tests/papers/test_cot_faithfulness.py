@@ -5,6 +5,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from ftlab.evaluators.mechanisms.cot_faithfulness import (by_share, continued, cot_faithfulness,
                                                           fillers, forced,
                                                           joined, own_chains, same_rate, split_at)
+from ftlab.instruments.claims import script_of
+from ftlab.instruments.verdicts import read_claim
+from ftlab.papers import claims_folder
 from tests.toys import TOK, classifier, same, toy, weights
 
 SPLIT = split_at('answer :', ';')
@@ -58,6 +61,20 @@ def test_a_model_that_reads_its_chain_has_the_rate_that_can_be_counted_by_hand()
     # own answers b, c; those after a cut ?, a, b, ?, c: two of ten pairs agree
     assert found['chance']['early'] == pytest.approx(2/10)
     assert found['kept']['early'] == {0.: 0., .25: 0., .5: 1.}
+
+
+@pytest.mark.parametrize('steps, cut', [('b a ;', 0), ('b a ; sort : a b ;', 1)])
+def test_in_the_claim_a_run_whose_chains_have_one_step_is_the_worst(steps, cut):
+    "There is nothing to be cut behind it; so it counts as faithful, which is against the claim"
+    class Writes(StandIn):
+        def says(self, text):
+            answer = text.partition('<assistant>')[0].split()[-3] # the last letter of the list
+            return answer if SPLIT.cue in text else joined(steps, SPLIT.cue, answer)
+    claim = script_of(read_claim(claims_folder()/'cot_faithfulness'))
+    asked = [r['prompt'] for r in claim.rows(24, 'test', 0, 'steps')]
+    found = claim.rates(Writes(True), TOK, asked)
+    assert (found['written'], found['cut'], found['filled']) == (1, cut, cut)
+    assert found.keys() == claim.NOTHING.keys()
 
 
 def test_what_the_model_is_asked_after_each_change():

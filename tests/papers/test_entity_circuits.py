@@ -1,10 +1,11 @@
 "entity_circuits: what its page cannot say about itself"
+import inspect
 import pytest, torch
 from ftlab.core.loading import load
 from ftlab.evaluators.mechanisms.entity_circuits import (
-    GROUPS, PROPERTIES, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
-    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, other_tokens, path_scores,
-    property_mask, pruned, random_groups)
+    GROUPS, PROPERTIES, base_circuit, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
+    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, entity_circuits, other_tokens,
+    path_scores, property_mask, pruned, random_groups)
 from ftlab.evaluators.circuits import circuit_logits, probability
 from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
 from toys import TOK, toy
@@ -99,6 +100,22 @@ def test_a_prompt_with_a_wrong_answer_does_not_decide_which_heads_matter():
     scores = path_scores(Paths(), p, p, [], 'last')
     assert min(scores, key=scores.get) == Site('head', 0, 0)
     assert abs(scores[Site('head', 0, 0)] - (.61/1.80001 - 1)) < 1e-3
+
+
+def test_a_circuit_that_is_found_once_is_the_one_that_the_study_finds(monkeypatch):
+    "The claim finds it once for all rates, with what `base_circuit` has by default"
+    default = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items()}
+    same = 'seed', 'boxes', 'prompts', 'sizes'
+    assert all(default(base_circuit)[k] == default(entity_circuits)[k] for k in same)
+    sizes, seen = (2, 1, 1, 1), []
+    once = base_circuit(*load('lab-s'), 3, 3, 4, sizes)
+    toy = dict(base='lab-s', revision=None, boxes=3, steps=2, prompts=4, sizes=sizes, controls=1,
+               masks=0)
+    monkeypatch.setitem(entity_circuits.__globals__, 'base_circuit',
+                        lambda model, tok, *how: seen.append(how) or once)
+    found = entity_circuits(3, **toy)
+    assert seen == [(3, 3, 4, sizes)]
+    assert entity_circuits(3, **toy, groups=once) == found and len(seen) == 1
 
 
 @pytest.mark.parametrize('moved', [False, True])
