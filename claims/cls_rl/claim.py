@@ -12,8 +12,9 @@ from ftlab.trainers.callbacks import Every
 from ftlab.trainers.rl.cls_rl import (base_and_new, base_to_new, cls_rl, described,
                                       equality_reward, question, typical_words)
 
-THINGS, LISTED, SHOTS, HELD, ASKED, BATCH = 16, 8, 8, 50, 75, 32
-STAGE, STAGE_RATE = 80, 1e-3
+THINGS, LISTED, SHOTS, HELD, ASKED = 16, 8, 8, 25, 50
+QUESTIONS, GROUP = 6, 4 # of a step; answers to each, where they are drawn
+STAGE, STAGE_ROWS, STAGE_RATE = 80, 32, 1e-3
 
 def data_of(rows):
     return Data(train=rows, validation=rows[:2], test=rows[:2], kind='text', name='things')
@@ -23,13 +24,13 @@ def untuned(seed):
     "lab-s after a short stage on all sixteen things, lists of eight of them drawn anew"
     things, r = typical_words(THINGS, seed), random.Random(f'stage/{seed}')
     rows = []
-    for e in described(things, STAGE*BATCH//THINGS, f'stage/{seed}'):
+    for e in described(things, STAGE*STAGE_ROWS//THINGS, f'stage/{seed}'):
         others = r.sample([c for c in things if c != e['label']], LISTED - 1)
         rows.append(dict(prompt=question(e['text'], [*others, e['label']], r),
                          response=e['label']))
     model, tok = ftlab.load('lab-s')
-    ftlab.fit(model, tok, data_of(rows), steps=STAGE, batch_size=BATCH, lr=STAGE_RATE, seed=seed,
-              progress=False)
+    ftlab.fit(model, tok, data_of(rows), steps=STAGE, batch_size=STAGE_ROWS, lr=STAGE_RATE,
+              seed=seed, progress=False)
     return model, tok
 
 @lru_cache(4)
@@ -60,9 +61,11 @@ def run(arm, rate, seed, split, steps):
         return start | dict(gain=0., questions=len(rows.asked['new']))
     base, tok = untuned(seed)
     model, best = copy.deepcopy(base), Best(rows.held)
-    recipe = cls_rl() if arm == 'cls_rl' else Recipe(arm)
+    recipe, size = Recipe(arm), QUESTIONS
+    if arm == 'cls_rl':
+        recipe, size = cls_rl(group=GROUP), QUESTIONS*GROUP
     quarters = {round(steps*q) for q in (1/4, 1/2, 3/4, 1)}
-    run = ftlab.fit(model, tok, data_of(rows.train), recipe, steps=steps, batch_size=BATCH, lr=rate,
+    run = ftlab.fit(model, tok, data_of(rows.train), recipe, steps=steps, batch_size=size, lr=rate,
                     seed=seed, callbacks=(Every(quarters, best.look),), progress=False)
     model.load_state_dict(best.weights)
     found = base_and_new(model, tok, rows)
