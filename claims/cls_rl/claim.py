@@ -48,9 +48,11 @@ class Best:
         self.held, self.best, self.weights, self.step = held, -1., None, None
 
     def look(self, state):
+        if not state.step:
+            return {}  # the untuned weights are no choice
         said = answers(state.model, state.tok, self.held)
         score = sum(map(equality_reward, self.held, said))/len(said)
-        if state.step and score > self.best:
+        if score > self.best:
             kept = {n: p.detach().clone() for n, p in state.model.state_dict().items()}
             self.best, self.weights, self.step = score, kept, state.step
         return dict(held=score)

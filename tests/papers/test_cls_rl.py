@@ -1,9 +1,13 @@
 "CLS-RL: its rewards against the official code's rules, the split, the evaluator, other models, errors"
 import random
 import re
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import torch
 from ftlab.core.recipe import Recipe
+from ftlab.instruments.claims import named_claim, script_of
 from ftlab.trainers.fit import fit
 from ftlab.trainers.rl.cls_rl import (WORDS, accuracy_reward, answer_in, base_and_new, base_to_new,
                                       cls_rl, described, equality_reward, format_reward, label_of,
@@ -243,3 +247,27 @@ def test_a_step_makes_the_label_likelier_that_was_guessed_once(monkeypatch):
     assert (label_logp() > seen['before']).all()
     torch.testing.assert_close(seen['advantage'].view(2, 4), torch.tensor([[1.5, -.5, -.5, -.5]]*2),
                                atol=1e-3, rtol=0)
+
+
+def test_the_arm_known_to_be_worse_is_not_the_baseline_itself():
+    "Without tuning there are no steps to halve: the rule would find no room, whatever the numbers are"
+    spec = tomllib.loads((Path(__file__).parents[2]/'claims/cls_rl/claim.toml').read_text('utf-8'))
+    for c in spec['contrast']:
+        if c.get('primary') and c['kind'] == 'noninferiority':
+            assert spec['arms'][c['baseline']] or c.get('worse') in spec['arms']
+
+
+def test_the_claim_does_not_evaluate_a_checkpoint_that_cannot_be_kept():
+    best = script_of(named_claim('cls_rl')).Best([])
+    assert best.look(SimpleNamespace(step=0)) == {} and best.weights is None
+
+
+@pytest.mark.parametrize('make, said', [
+    (lambda: base_to_new(['a text']), "example 0 is 'a text'; it must have a text and a label"),
+    (lambda: typical_words(31), 'n is 31; there are 30 things'),
+    (lambda: typical_words(0), 'n is 0'),
+    (lambda: described(typical_words(4), 2, 0, own=5), 'own is 5'),
+    (lambda: described(typical_words(4), 2, 0, other=-1), 'other is -1')])
+def test_what_cannot_be_drawn_is_named(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()

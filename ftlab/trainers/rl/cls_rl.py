@@ -84,6 +84,8 @@ def _by_class(examples) -> tuple[dict, int]:
     "Return {label: texts} without repeated texts, and how many were repeated; check every example"
     label, repeated = {}, 0
     for i, e in enumerate(examples):
+        if not isinstance(e, Mapping):
+            raise ValueError(f'example {i} is {e!r}; it must have a text and a label, as a dict')
         text, name = e.get('text'), e.get('label')
         if not all(isinstance(x, str) and x and x == x.strip() for x in (text, name)):
             raise ValueError(f'example {i} has the text {text!r} and the label {name!r}; both must '
@@ -199,7 +201,9 @@ WORDS = [*ADJECTIVES, *VERBS, *(w for k in ('job', 'pet', 'color', 'food') for w
 def typical_words(n:int=16,  # how many things, at most 30
                   seed:int=0 # which things, and what is typical of each
                  ) -> dict[str, list[str]]:
-    "Draw things of the lab world and four words that are typical of each"
+    "Draw things of the lab world and four words that are typical of each. Raises `ValueError` for another `n`."
+    if not 1 <= n <= len(THINGS):
+        raise ValueError(f'n is {n}; there are {len(THINGS)} things, and at least 1 is needed')
     r = random.Random(f'things/{seed}')
     return {c: r.sample(WORDS, 4) for c in r.sample(THINGS, n)}
 
@@ -209,7 +213,12 @@ def described(typical:Mapping[str, Sequence[str]], # from `typical_words`
               own:int=2,    # typical words in each
               other:int=4   # further words, drawn from all
              ) -> list[dict]:
-    "Describe every thing `n` times; returns examples with text and label for `base_to_new`"
+    """Describe every thing `n` times; return examples with text and label for `base_to_new`.
+    Raises `ValueError` for fewer than no words, or more typical words than a thing has."""
+    most = min(map(len, typical.values()), default=0)
+    if not 0 <= own <= most or other < 0:
+        raise ValueError(f'own is {own} and other is {other}; own must be from 0 to {most}, the '
+                         'typical words of a thing, and other at least 0')
     r, out = random.Random(f'described/{seed}'), []
     for c in typical:
         for _ in range(n):
