@@ -6507,6 +6507,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ftlab/trainers/checkpoint.py'),
                                            'ftlab.trainers.checkpoint.versions': ( 'trainers/checkpoint.html#versions',
                                                                                    'ftlab/trainers/checkpoint.py')},
+            'ftlab.trainers.curation.cocktail': { 'ftlab.trainers.curation.cocktail.cocktail': ( 'trainers/curation/cocktail.html#cocktail',
+                                                                                                 'ftlab/trainers/curation/cocktail.py')},
             'ftlab.trainers.curation.got_d': { 'ftlab.trainers.curation.got_d._pair': ( 'trainers/curation/got_d.html#_pair',
                                                                                         'ftlab/trainers/curation/got_d.py'),
                                                'ftlab.trainers.curation.got_d.calibrated': ( 'trainers/curation/got_d.html#calibrated',
