@@ -1,0 +1,131 @@
+"""A made-up ledger: ten new words for the digits, kept in five small tasks; three of them are the targets. One model
+for all on the mixture, against a model for each target: alone, alone with care, and with unrelated tasks"""
+import random
+from functools import lru_cache
+from statistics import fmean
+import ftlab
+from ftlab.core.data import Data
+from ftlab.core.recipe import Recipe
+from ftlab.core.scorers import WORLD, answers, judge
+from ftlab.core.text import split_of
+from ftlab.lab.world import FOREIGN, SKILLS
+from ftlab.trainers.curation.cocktail import cocktail, side_effects
+
+TARGETS = ('read', 'lookup', 'largest')
+RELATED = (*TARGETS, 'order', 'write')
+UNRELATED = ('new-procedure', 'new-facts')
+ROWS, EXTRA, GENERAL = 32, 48, 240 # of each task; to stop by; of the pretraining
+ITEMS = dict(test=100, validation=60) # a target
+OLD = ('add', 'reverse', 'sort', 'dedupe', 'boxes', 'classify', 'tavi', 'review', 'summary', 'tool')
+EACH = 16 # questions of an old skill
+BATCH = 16
+
+def book(seed) -> tuple[list[str], list[str]]:
+    "Words for the digits 0 to 9, and names of six accounts, none of which the pretraining has"
+    words = random.Random(f'ledger/{seed}').sample(FOREIGN['zuma'], 16)
+    return words[:10], words[10:]
+
+def entry(task, numerals, accounts, draw) -> dict:
+    "One row: three accounts with three different numbers"
+    names, values = draw.sample(accounts, 3), draw.sample(range(10), 3)
+    said = [str(v) if task == 'write' else numerals[v] for v in values]
+    record = 'record ' + ' , '.join(f'{n} {w}' for n, w in zip(names, said)) + ' . '
+    i = draw.randrange(3)
+    ask, answer = dict(
+        read=('list items :', values), lookup=(f'what has {names[i]} ?', [values[i]]),
+        largest=('which is the biggest ?', [max(values)]), order=('put in order :', sorted(values)),
+        write=('write items :', [numerals[v] for v in values]))[task]
+    return dict(prompt=record + ask, response=' '.join(map(str, answer)), skill=task)
+
+@lru_cache(64)
+def ledger(task, n, split, seed, part='') -> list[dict]:
+    "`n` different rows of a split; other rows for another `part`"
+    draw, out = random.Random(f'{task}/{split}/{seed}/{part}'), {}
+    while len(out) < n:
+        row = entry(task, *book(seed), draw)
+        if split_of(row['prompt']) == split:
+            out.setdefault(row['prompt'], row)
+    return list(out.values())
+
+def taught(task, seed) -> list[dict]:
+    return ledger(task, ROWS, 'train', seed)
+
+def extra(task, seed) -> list[dict]:
+    "Labelled rows that only the careful arm gets, to stop by; none of them is trained on"
+    seen = {r['prompt'] for r in taught(task, seed)}
+    return [r for r in ledger(task, ROWS + EXTRA, 'train', seed, 'stop')
+            if r['prompt'] not in seen][:EXTRA]
+
+def unrelated(seed) -> dict[str, list[dict]]:
+    "As many rows beside a target as the cocktail has"
+    n = ROWS*(len(RELATED) - 1)//len(UNRELATED)
+    return {s: WORLD.rows(s, n, 'train', seed) for s in UNRELATED}
+
+@lru_cache(4)
+def general(seed) -> list[dict]:
+    "Rows of the old skills, as often as in the pretraining"
+    names = [s for s, k in SKILLS.items() if k.weight]
+    drawn = random.Random(seed).choices(names, [SKILLS[s].weight for s in names], k=GENERAL)
+    return [r for s in names if drawn.count(s) for r in WORLD.rows(s, drawn.count(s), 'train', seed + 1)]
+
+def recipe(arm, target, seed) -> Recipe:
+    if arm in ('cocktail', 'general'):
+        beside = {t: taught(t, seed) for t in RELATED if t != target}
+        more = dict(general=general(seed)) if arm == 'general' else {}
+        return cocktail(beside | more, general=.2 if more else None)
+    return cocktail(unrelated(seed)) if arm == 'unrelated' else Recipe()
+
+def tuned(arm, target, rate, seed, steps):
+    model, tok = ftlab.load('lab-s')
+    if arm == 'base':
+        return model, tok
+    data = Data(taught(target, seed), extra(target, seed), [], 'text')
+    care = dict(weight_decay=.1, keep='best', evaluate_every=max(1, steps//6)) if arm == 'careful' else {}
+    ftlab.fit(model, tok, data, recipe(arm, target, seed), steps=steps, batch_size=BATCH, lr=rate,
+              seed=seed, progress=False, **care)
+    return model, tok
+
+def right(model, tok, rows) -> list[float]:
+    return [judge_row(r, a) for r, a in zip(rows, answers(model, tok, rows))]
+
+def judge_row(row, said) -> float:
+    if row['skill'] in RELATED:
+        return float(said.split() == row['response'].split())
+    return judge(row, said)
+
+def old(model, tok, split, seed) -> dict[str, list[float]]:
+    rows = [r for s in OLD for r in WORLD.rows(s, EACH, split, seed)]
+    said = right(model, tok, rows)
+    return {s: said[i*EACH:(i + 1)*EACH] for i, s in enumerate(OLD)}
+
+@lru_cache(4)
+def before(split, seed) -> dict[str, list[float]]:
+    return old(*ftlab.load('lab-s'), split, seed)
+
+def run(arm, rate, seed, split, steps):
+    "One model for all targets in the cocktail, else one for each, of as many steps"
+    together = arm in ('cocktail', 'general', 'base')
+    hits, lost = {}, []
+    for target in TARGETS[:1] if together else TARGETS:
+        model, tok = tuned(arm, target, rate, seed, steps)
+        for t in TARGETS if together else (target,):
+            hits[t] = right(model, tok, ledger(t, ITEMS[split], split, seed))
+        lost.append(side_effects(before(split, seed), old(model, tok, split, seed))['lost']['share'])
+    means = {t: fmean(x) for t, x in hits.items()}
+    return dict(score=fmean(means.values()), kept=1 - fmean(lost), **means,
+                items=dict(score=[x for own in hits.values() for x in own]))
+
+def identities() -> dict[str, bool]:
+    seeds = (20, 21, 22, 23, 24)
+    numerals = {s: book(s)[0] for s in seeds}
+    stands = lambda t, s: ' '.join(r['prompt'] + ' ' + r['response'] for r in taught(t, s)).split()
+    targets = recipe('cocktail', 'read', 20).source
+    return {
+        'every word for a digit stands in the rows of every task at least three times':
+            all(stands(t, s).count(w) >= 3 for t in RELATED for s in seeds for w in numerals[s]),
+        'no question is a training row': not {r['prompt'] for s in seeds for t in RELATED for r in taught(t, s)}
+            & {r['prompt'] for s in seeds for t in TARGETS for r in ledger(t, ITEMS['test'], 'test', s)},
+        'as many rows beside the target, related or not':
+            sum(map(len, unrelated(20).values())) == ROWS*(len(RELATED) - 1),
+        'the cocktail gives every task the same share':
+            set(targets.shares({t: ROWS for t in ('target', *RELATED[1:])}).values()) == {.2}}
