@@ -1,4 +1,4 @@
-"""A made-up ledger: ten new words for the digits, kept in five small tasks; three of them are the targets. One model
+"""A made-up ledger: ten old words that now stand for digits, kept in five small tasks; three of them are the targets. One model
 for all on the mixture, against a model for each target: alone, alone with care, and with unrelated tasks"""
 import random
 from functools import lru_cache
@@ -8,41 +8,43 @@ from ftlab.core.data import Data
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.core.text import split_of
-from ftlab.lab.world import FOREIGN, SKILLS
+from ftlab.lab.world import ATTRIBUTES, SKILLS, THINGS
 from ftlab.trainers.curation.cocktail import cocktail, side_effects
 
 TARGETS = ('read', 'lookup', 'largest')
 RELATED = (*TARGETS, 'order', 'write')
 UNRELATED = ('new-procedure', 'new-facts')
-ROWS, EXTRA, GENERAL = 32, 48, 240 # of each task; to stop by; of the pretraining
+ROWS, EXTRA, GENERAL = 32, 40, 240 # of each task; to stop by; of the pretraining
 ITEMS = dict(test=100, validation=60) # a target
 OLD = ('add', 'reverse', 'sort', 'dedupe', 'boxes', 'classify', 'tavi', 'review', 'summary', 'tool')
 EACH = 16 # questions of an old skill
 BATCH = 16
 
 def book(seed) -> tuple[list[str], list[str]]:
-    "Words for the digits 0 to 9, and names of six accounts, none of which the pretraining has"
-    words = random.Random(f'ledger/{seed}').sample(FOREIGN['zuma'], 16)
-    return words[:10], words[10:]
+    "Words for the digits 0 to 9, which were things in boxes before, and six accounts, named by jobs"
+    draw = random.Random(f'ledger/{seed}')
+    return draw.sample(THINGS, 10), draw.sample(ATTRIBUTES['job'], 6)
 
-def entry(task, numerals, accounts, draw) -> dict:
-    "One row: three accounts with three different numbers"
-    names, values = draw.sample(accounts, 3), draw.sample(range(10), 3)
+def entry(task, numerals, accounts, values, draw) -> dict:
+    "One row: two accounts with two different numbers"
+    names = draw.sample(accounts, 2)
     said = [str(v) if task == 'write' else numerals[v] for v in values]
-    record = 'record ' + ' , '.join(f'{n} {w}' for n, w in zip(names, said)) + ' . '
-    i = draw.randrange(3)
+    record = ' , '.join(f'{n} {w}' for n, w in zip(names, said)) + ' . '
+    i = draw.randrange(2)
     ask, answer = dict(
         read=('list items :', values), lookup=(f'what has {names[i]} ?', [values[i]]),
-        largest=('which is the biggest ?', [max(values)]), order=('put in order :', sorted(values)),
+        largest=('which is biggest ?', [max(values)]), order=('list ordered :', sorted(values)),
         write=('write items :', [numerals[v] for v in values]))[task]
     return dict(prompt=record + ask, response=' '.join(map(str, answer)), skill=task)
 
 @lru_cache(64)
 def ledger(task, n, split, seed, part='') -> list[dict]:
-    "`n` different rows of a split; other rows for another `part`"
-    draw, out = random.Random(f'{task}/{split}/{seed}/{part}'), {}
+    """`n` different rows of a split; other rows for another `part`. Numbers are dealt from a pack of ten, so that
+    none is rare"""
+    draw, out, pack = random.Random(f'{task}/{split}/{seed}/{part}'), {}, []
     while len(out) < n:
-        row = entry(task, *book(seed), draw)
+        pack = pack or draw.sample(range(10), 10)
+        row = entry(task, *book(seed), [pack.pop(), pack.pop()], draw)
         if split_of(row['prompt']) == split:
             out.setdefault(row['prompt'], row)
     return list(out.values())
@@ -80,8 +82,9 @@ def tuned(arm, target, rate, seed, steps):
     if arm == 'base':
         return model, tok
     data = Data(taught(target, seed), extra(target, seed), [], 'text')
-    care = dict(weight_decay=.1, keep='best', evaluate_every=max(1, steps//6)) if arm == 'careful' else {}
-    ftlab.fit(model, tok, data, recipe(arm, target, seed), steps=steps, batch_size=BATCH, lr=rate,
+    care = dict(weight_decay=.1, keep='best', evaluate_every=max(1, steps//5)) if arm == 'careful' else {}
+    own = max(1, steps//len(TARGETS)) if arm in ('alone', 'unrelated') else steps
+    ftlab.fit(model, tok, data, recipe(arm, target, seed), steps=own, batch_size=BATCH, lr=rate,
               seed=seed, progress=False, **care)
     return model, tok
 
@@ -103,16 +106,19 @@ def before(split, seed) -> dict[str, list[float]]:
     return old(*ftlab.load('lab-s'), split, seed)
 
 def run(arm, rate, seed, split, steps):
-    "One model for all targets in the cocktail, else one for each, of as many steps"
+    """One model for all targets in the cocktail, else one for each: with a third of the steps, so that all arms have
+    as many in all; only the careful ones have all the steps for each"""
     together = arm in ('cocktail', 'general', 'base')
     hits, lost = {}, []
     for target in TARGETS[:1] if together else TARGETS:
         model, tok = tuned(arm, target, rate, seed, steps)
         for t in TARGETS if together else (target,):
             hits[t] = right(model, tok, ledger(t, ITEMS[split], split, seed))
-        lost.append(side_effects(before(split, seed), old(model, tok, split, seed))['lost']['share'])
+        if arm in ('cocktail', 'general', 'base'):
+            lost.append(side_effects(before(split, seed), old(model, tok, split, seed))['lost']['share'])
     means = {t: fmean(x) for t, x in hits.items()}
-    return dict(score=fmean(means.values()), kept=1 - fmean(lost), **means,
+    kept = dict(kept=1 - fmean(lost)) if lost else {}
+    return dict(score=fmean(means.values()), **kept, **means,
                 items=dict(score=[x for own in hits.values() for x in own]))
 
 def identities() -> dict[str, bool]:
