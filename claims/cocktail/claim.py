@@ -72,7 +72,8 @@ def general(seed) -> list[dict]:
     "Rows of the old skills, as often as in the pretraining"
     names = [s for s, k in SKILLS.items() if k.weight]
     drawn = random.Random(seed).choices(names, [SKILLS[s].weight for s in names], k=GENERAL)
-    return [r for s in names if drawn.count(s) for r in WORLD.rows(s, drawn.count(s), 'train', seed + 1)]
+    counts = {s: drawn.count(s) for s in names if s in drawn}
+    return [r for s, n in counts.items() for r in WORLD.rows(s, n, 'train', seed + 1)]
 
 def recipe(arm, target, seed) -> Recipe:
     if arm in ('cocktail', 'general'):
@@ -149,11 +150,12 @@ def identities() -> dict[str, bool]:
     numerals = {s: book(s)[0] for s in seeds}
     stands = lambda t, s: ' '.join(r['prompt'] + ' ' + r['response'] for r in taught(t, s)).split()
     targets = recipe('cocktail', 'read', 20).source
+    read = {r['prompt'] for s in seeds for t in RELATED for r in taught(t, s)}
+    asked = {r['prompt'] for s in seeds for t in TARGETS for r in ledger(t, ITEMS['test'], 'test', s)}
     return {
         'every word for a digit stands at least three times in the rows of every task':
             all(stands(t, s).count(w) >= 3 for t in RELATED for s in seeds for w in numerals[s]),
-        'no question is a training row': not {r['prompt'] for s in seeds for t in RELATED for r in taught(t, s)}
-            & {r['prompt'] for s in seeds for t in TARGETS for r in ledger(t, ITEMS['test'], 'test', s)},
+        'no question is a training row': not read & asked,
         'as many rows beside the target, related or not':
             sum(map(len, unrelated(20).values())) == ROWS*(len(RELATED) - 1),
         'the cocktail gives every task the same share':

@@ -105,7 +105,8 @@ def test_each_task_has_whole_passes_of_its_own_and_the_target_those_of_plain_fin
 
 
 def test_a_step_does_not_depend_on_what_was_asked_before():
-    made = lambda seed=0: Mixed(dict(target=coded(7), a=coded(3)), dict(target=.6, a=.4), 8, seed=seed)
+    tasks, p = dict(target=coded(7), a=coded(3)), dict(target=.6, a=.4)
+    made = lambda seed=0: Mixed(tasks, p, 8, seed=seed)
     late, early = made(), made()
     for step in range(9):
         early.drawn(step)
@@ -146,10 +147,11 @@ def test_the_rows_that_are_trained_on_are_those_of_the_tasks():
 
 def test_labels_and_plain_texts_are_mixed_as_well():
     train = label_data().train
+    wrong = cocktail(dict(a=[dict(text='max a', label=3)]))
     with pytest.raises(ValueError, match='positions in a, b, c'):
-        fit(classifier(), TOK, label_data(), cocktail(dict(a=[dict(text='max a', label=3)])), **SETTINGS)
-    run = fit(classifier(), TOK, label_data(), cocktail(dict(a=[dict(r, text=f'{r["text"]} and') for r in train[:6]])),
-              **SETTINGS)
+        fit(classifier(), TOK, label_data(), wrong, **SETTINGS)
+    right = cocktail(dict(a=[dict(r, text=f'{r["text"]} and') for r in train[:6]]))
+    run = fit(classifier(), TOK, label_data(), right, **SETTINGS)
     assert len(run.log) == 4
     plain = Data([dict(text='sort b a c'), dict(text='max a')], [], [], 'lm')
     run = fit(toy(), TOK, plain, cocktail(dict(a=[dict(text='last a b')])), **SETTINGS)
@@ -183,11 +185,13 @@ def test_wrong_tasks_are_refused(tasks, said):
 
 def test_a_record_tells_mixtures_apart():
     told = [cocktail(t, **more).describe() for t, more in (
-        (dict(a=rows(4)), {}), (dict(a=rows(4, 'max')), {}), (dict(b=rows(4)), {}), (dict(a=rows(3)), {}),
+        (dict(a=rows(4)), {}), (dict(a=rows(4, 'max')), {}), (dict(b=rows(4)), {}),
+        (dict(a=rows(3)), {}),
         (dict(a=rows(4)), dict(weights=dict(a=2.))), ({}, {}))]
     assert all(a != b for i, a in enumerate(told) for b in told[:i])
     assert told[0] == cocktail(dict(a=rows(4))).describe()
-    assert hash(mixed((('a', rows(2)),))) is not None and mixed((('a', rows(2)),)) != mixed((('a', rows(3)),))
+    two, three = (mixed((('a', rows(n)),)) for n in (2, 3))
+    assert isinstance(hash(two), int) and two != three and two == mixed((('a', rows(2)),))
 
 
 def test_a_tokenizer_of_an_encoder_gives_rows_too():
@@ -267,7 +271,8 @@ def test_wrong_grids_are_refused():
     for tasks in ([], 'ab', ['a', 'a'], [str(i) for i in range(9)]):
         with pytest.raises(ValueError, match='different names'):
             mixing_grid(fine, tasks)
-    for score in (lambda mix: dict(x=float('nan')), lambda mix: {}, lambda mix: {f'x{len(mix)}': 1.}):
+    for score in (lambda mix: dict(x=float('nan')), lambda mix: {},
+                  lambda mix: {f'x{len(mix)}': 1.}):
         with pytest.raises(ValueError, match='finite score of the same targets'):
             mixing_grid(score, ['a', 'b'])
     assert len(mixing_grid(fine, list('abc'))) == 8

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, combinations, islice
+from itertools import chain, combinations
 from math import factorial, inf, isfinite
 from statistics import fmean
 from ...core.batches import collate, order
@@ -229,8 +229,8 @@ def _game(grid:Grid, target:str) -> tuple[list[str], dict[frozenset, float]]:
     if not grid or any(target not in found for found in grid.values()):
         raise ValueError(f'the grid has no score of {target!r} for some mix')
     own = frozenset([target]) & frozenset(tasks)
-    return [t for t in tasks if t != target], {mix - own: found[target] for mix, found in grid.items()
-                                               if own <= mix}
+    scores = {mix - own: found[target] for mix, found in grid.items() if own <= mix}
+    return [t for t in tasks if t != target], scores
 
 def contributions(grid:Grid, target:str) -> dict[str, float]:
     """Return for each other task: the mean score of the mixes with it minus that of the same mixes without it
