@@ -151,7 +151,8 @@ def identities() -> dict[str, bool]:
     stands = lambda t, s: ' '.join(r['prompt'] + ' ' + r['response'] for r in taught(t, s)).split()
     targets = recipe('cocktail', 'read', 20).source
     read = {r['prompt'] for s in seeds for t in RELATED for r in taught(t, s)}
-    asked = {r['prompt'] for s in seeds for t in TARGETS for r in ledger(t, ITEMS['test'], 'test', s)}
+    asked = {r['prompt'] for s in seeds for t in TARGETS
+             for r in ledger(t, ITEMS['test'], 'test', s)}
     return {
         'every word for a digit stands at least three times in the rows of every task':
             all(stands(t, s).count(w) >= 3 for t in RELATED for s in seeds for w in numerals[s]),
