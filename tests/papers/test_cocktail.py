@@ -52,6 +52,16 @@ def test_shares_must_be_shares(wrong):
         next(turns(wrong))
 
 
+@pytest.mark.parametrize('p', [[.4999996]*2, [.5000004]*2, [.3333333]*3])
+def test_shares_that_are_rounded_are_drawn_as_if_they_were_not(p):
+    assert Counter(islice(turns(p), 600*len(p))) == dict.fromkeys(range(len(p)), 600)
+
+
+def test_general_rows_alone_are_no_cocktail():
+    with pytest.raises(ValueError, match='rows of a target'):
+        shares_of(dict(general=5, math=3))
+
+
 def test_shares_from_sizes_and_from_weights():
     sizes = dict(target=30, a=90, general=5000, math=1)
     found = shares_of(sizes)

@@ -28,6 +28,7 @@ def turns(shares:Sequence[float] # of each task, above 0, with sum 1
     (Tijdeman 1980). Raises `ValueError` for shares that are not above 0 or whose sum is not 1"""
     if not shares or not all(0 < p <= 1 for p in shares) or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f'the shares are {list(shares)}; they must be above 0 and their sum 1')
+    shares = [p/sum(shares) for p in shares] # a sum below 1 would leave nothing due in the end
     drawn, t, slack = [0]*len(shares), 0, 1/max(1, 2*len(shares) - 2)
     while True:
         t += 1
@@ -49,6 +50,8 @@ def shares_of(sizes:Mapping[str, int],  # task -> its number of rows; the run's 
     to 1 or with nothing left for other tasks, and weights that are not above 0 or of no task"""
     fixed = _fixed(sizes, dict(general=general, math=math))
     rest = {k: n for k, n in sizes.items() if k not in fixed}
+    if not rest:
+        raise ValueError('there are only general and mathematical rows; give rows of a target, too')
     given = dict(rest if weights is None else dict.fromkeys(rest, 1.) | dict(weights))
     if strange := [k for k in given if k not in rest]:
         raise ValueError(f'weights names {strange[0]!r}; it must name {", ".join(rest)}')
