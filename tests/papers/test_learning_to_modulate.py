@@ -1,0 +1,3 @@
+"learning_to_modulate: what its page cannot say about itself"
+
+# FILL IN: a peer on the same tensors where one exists, the edges of its arguments, the errors that it gives
