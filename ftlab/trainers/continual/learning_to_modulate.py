@@ -23,7 +23,7 @@ from ..objective import IGNORE, Term, nll
 from ..source import rows_of
 
 # %% auto #0
-__all__ = ['KINDS', 'Keys', 'Chosen', 'Choosing', 'Modulators', 'Scales', 'modulated', 'pool_of', 'task_at', 'Turns',
+__all__ = ['KINDS', 'Keys', 'Chosen', 'Choice', 'Choosing', 'Modulators', 'Scales', 'modulated', 'pool_of', 'task_at', 'Turns',
            'prompts_in', 'keys_of', 'in_turn', 'InTurn', 'pull', 'learning_to_modulate', 'queries']
 
 # %% ../../../nbs/trainers/continual/learning_to_modulate.ipynb #l2m-8
@@ -45,15 +45,17 @@ class Keys(nn.Module):
         if not 0 < init < math.inf:
             raise ValueError(f'init is {init}; it must be a number above 0')
         like = dict(dtype=W.dtype, device=W.device)
-        self.key = nn.Parameter(torch.empty(size, W.shape[1], **like).uniform_(-init, init))
+        first = torch.empty(size, W.shape[1], **like).uniform_(-init, init)
+        self.key = _each(first)
         self.register_buffer('counts', torch.zeros(size, device=W.device)) # rows that chose each entry
         self.register_buffer('before', torch.zeros(size, device=W.device)) # those of earlier tasks
         self.config = dict(size=size, init=init)
         self.told, self.now = (), None # prompts of the rows to come; the last choice and its queries
 
-    def cosines(self, q:Tensor) -> Tensor: # [rows, width] -> [rows, size]
-        "Compute the cosine of each query with each key"
-        return F.normalize(q.to(self.key.dtype), dim=1) @ F.normalize(self.key, dim=1).T
+    def cosines(self, q:Tensor, which=None) -> Tensor: # [rows, width] -> [rows, keys]
+        "Compute the cosine of each query with each key, or with those of these entries"
+        keys = torch.stack(list(self.key) if which is None else [self.key[i] for i in which])
+        return F.normalize(q.to(keys.dtype), dim=1) @ F.normalize(keys, dim=1).T
 
     @torch.no_grad()
     def choose(self, q:Tensor) -> Tensor: # [rows, width] -> entries, [rows]
@@ -66,13 +68,12 @@ class Keys(nn.Module):
 
     def similarity(self) -> Tensor: # [rows]
         "Compute the cosine of each query of the last choice with the key that it chose"
-        chosen, q = self.now
-        return self.cosines(q).gather(1, chosen[:, None])[:, 0]
+        return self.cosines(self.now.q, self.now.used).gather(1, self.now.at[:, None])[:, 0]
 
     @torch.no_grad()
     def count(self) -> None:
         "Count the last choice"
-        self.counts += torch.bincount(self.now[0], minlength=len(self.counts))
+        self.counts += torch.bincount(self.now.entries, minlength=len(self.counts))
 
     def turn(self) -> None:
         "Begin a new task: from now on, what has been chosen so far counts less"
@@ -102,6 +103,10 @@ def _check_sizes(**sizes):
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f'{name} is {n!r}; it must be a whole number of at least 1')
 
+def _each(stack:Tensor) -> nn.ParameterList:
+    "Make each entry a parameter of its own: AdamW moves the others on by their momentum if they are one tensor"
+    return nn.ParameterList(t.clone() for t in stack)
+
 def _reader(model) -> nn.Module:
     "Return the module whose forward pass reads the embeddings"
     causal = any(getattr(m, 'is_causal', False) is True for m in model.modules())
@@ -110,6 +115,18 @@ def _reader(model) -> nn.Module:
 # %% ../../../nbs/trainers/continual/learning_to_modulate.ipynb #l2m-10
 class Chosen(DynamicLayer):
     "The entry that each row has chosen, as one more layer of the model's cache"
+
+class Choice:
+    "What the rows of a batch have chosen"
+
+    def __init__(self, entries:Tensor, q:Tensor|None=None): # [rows]; queries [rows, width], None: chosen before
+        self.entries, self.q = entries, q
+        used, self.at = entries.unique(return_inverse=True) # `at` [rows]: which of `used` a row has
+        self.used = used.tolist()
+
+    def of(self, values:nn.ParameterList) -> Tensor: # [rows, ...]
+        "Return each row's entry; the others take no part and get no gradient"
+        return torch.stack([values[i] for i in self.used])[self.at]
 
 class Choosing:
     "Let the keys choose before the model computes, and keep the choice in its cache"
@@ -123,19 +140,19 @@ class Choosing:
         k = kwargs | dict(zip(inspect.signature(module.forward).parameters, args))
         cache = k.get('past_key_values')
         if (kept := _kept(cache)) is not None:
-            self.keys.now = kept.keys[:, 0, 0, 0], None
+            self.keys.now = Choice(kept.keys[:, 0, 0, 0])
             return
         if cache is not None and cache.get_seq_length():
             raise ValueError('the cache holds tokens that the keys of the pool have not read; begin a new cache, or '
                              'give the whole row without one')
         q = self.query(k.get('input_ids'), k.get('inputs_embeds'), k.get('attention_mask'))
-        self.keys.now = self.keys.choose(q), q
+        self.keys.now = Choice(self.keys.choose(q), q)
 
     def after(self, module, args, kwargs, out):
         cache = out.get('past_key_values') if hasattr(out, 'get') else kwargs.get('past_key_values')
         if self.owner.enabled and hasattr(cache, 'layers') and _kept(cache) is None:
             cache.layers.append(layer := Chosen())
-            layer.update(*2*[self.keys.now[0][:, None, None, None]])
+            layer.update(*2*[self.keys.now.entries[:, None, None, None]])
 
     @torch.no_grad()
     def query(self, ids, x, mask) -> Tensor: # [rows, width]
@@ -148,7 +165,7 @@ class Choosing:
         for known, prompt in self.keys.told:
             if ids is not None and torch.equal(known, ids):
                 on = prompt
-        on = on[..., None].to(self.keys.key.dtype)
+        on = on[..., None].to(self.keys.key[0].dtype)
         return (x.to(on.dtype)*on).sum(1)/on.sum(1).clamp(min=1)
 
 def _kept(cache):
@@ -164,15 +181,16 @@ class _Entries(nn.Module):
             raise ValueError(f'there are {len(keys.key)} keys for {self.config["size"]} entries')
         self.keys = (keys,) # a tuple, so that the keys are no part of this module
 
-    def chosen(self, x:Tensor) -> tuple[Tensor, Tensor]:
-        "Return the entry of each row, and `x` as [rows, tokens, features]; some models join the first two"
-        entries = self.keys[0].now[0]
-        if len(x) % len(entries) or x.ndim > 2 and len(x) != len(entries):
-            raise ValueError(f'{len(entries)} rows have chosen, and a layer is given {len(x)}')
-        return entries, x.reshape(len(entries), -1, x.shape[-1])
+    def chosen(self, x:Tensor) -> tuple[Choice, Tensor]:
+        "Return what the rows have chosen, and `x` as [rows, tokens, features]; some models join the first two"
+        now = self.keys[0].now
+        rows = len(now.entries)
+        if len(x) % rows or x.ndim > 2 and len(x) != rows:
+            raise ValueError(f'{rows} rows have chosen, and a layer is given {len(x)}')
+        return now, x.reshape(rows, -1, x.shape[-1])
 
 class Modulators(_Entries):
-    """A low-rank change for each entry: A [size, r, in], drawn as in LoRA, and B [size, out, r], zero.
+    """A low-rank change for each entry: A [r, in], drawn as in LoRA, and B [out, r], zero.
     Raises `ValueError` for a mask, a weight that is no matrix, and a size or rank out of range."""
     kind, site = 'learning_to_modulate.lora', 'branch'
 
@@ -189,14 +207,14 @@ class Modulators(_Entries):
         (out, inp), like = W.shape, dict(dtype=W.dtype, device=W.device)
         if r > min(out, inp):
             raise ValueError(f'r is {r}; a matrix of {out} x {inp} has at most {min(out, inp)}')
-        self.A = nn.Parameter(torch.empty(size, r, inp, **like).uniform_(-inp**-.5, inp**-.5))
-        self.B = nn.Parameter(torch.zeros(size, out, r, **like))
+        self.A = _each(torch.empty(size, r, inp, **like).uniform_(-inp**-.5, inp**-.5))
+        self.B = _each(torch.zeros(size, out, r, **like))
         self.s = 2. if alpha is None else alpha/r
         self.config = dict(size=size, r=r, alpha=alpha)
 
     def branch(self, x):
-        entries, rows = self.chosen(x)
-        made = self.s*((rows @ self.A[entries].mT) @ self.B[entries].mT)
+        now, rows = self.chosen(x)
+        made = self.s*((rows @ now.of(self.A).mT) @ now.of(self.B).mT)
         return made.reshape(*x.shape[:-1], -1)
 
 class Scales(_Entries):
@@ -213,12 +231,12 @@ class Scales(_Entries):
             raise ValueError(f'side is {side!r}; it must be out or in')
         self.site = 'activation' if side == 'out' else 'input'
         width = W.shape[0 if side == 'out' else 1]
-        self.l = nn.Parameter(torch.ones(size, width, dtype=W.dtype, device=W.device))
+        self.l = _each(torch.ones(size, width, dtype=W.dtype, device=W.device))
         self.config = dict(size=size, side=side)
 
     def forward(self, h):
-        entries, rows = self.chosen(h)
-        return (rows*self.l[entries][:, None]).reshape(h.shape)
+        now, rows = self.chosen(h)
+        return (rows*now.of(self.l)[:, None]).reshape(h.shape)
 
 def _check_whole(W, mask):
     if W.ndim != 2 or mask is not True:
@@ -347,7 +365,7 @@ class pull(Term):
 
     def __call__(self, state) -> Tensor:
         keys = keys_of(state.attached)
-        if keys.now is None or keys.now[1] is None:
+        if keys.now is None or keys.now.q is None:
             return 0.
         keys.count()
         return -self.weight*keys.similarity().sum()/sum(map(rows_of, state.batches))
