@@ -74,7 +74,8 @@ def stream(arm, train, asked, rate, seed, steps) -> dict:
     ends = {(t + 1)*steps//N: t for t in range(N)}
 
     def look(state):
-        due = [] if state.step not in ends else range(N) if state.step == steps else [ends[state.step]]
+        due = [ends[state.step]] if state.step in ends else []
+        due = range(N) if state.step == steps else due
         return {f'task {t}': right(state.model, state.tok, asked[t]) for t in due}
 
     run = tune(arm, sum(train, []), rate, seed, steps, (Every(set(ends), look),))
@@ -100,7 +101,8 @@ def apart(train, asked, rate, seed, steps) -> dict:
         grid.append([right(run.model, run.tok, a) for a in asked])
         means.append(embedded(run.model, run.tok, train[t]).mean(0))
     for t in range(N):
-        near.append(torch.cdist(embedded(run.model, run.tok, asked[t]), torch.stack(means)).argmin(1))
+        far = torch.cdist(embedded(run.model, run.tok, asked[t]), torch.stack(means))
+        near.append(far.argmin(1))
     own = [grid[t][t] for t in range(N)]
     by_mean = [[grid[i][t][j] for j, i in enumerate(near[t].tolist())] for t in range(N)]
     found = mean([float((n == t).float().mean()) for t, n in enumerate(near)])
@@ -128,7 +130,9 @@ def identities() -> dict[str, bool]:
                         for p in d.parameters())
         att.detach()
     words = [{w for r in rows(t, 50, 'train', 0) for w in r['prompt'].split()} for t in range(N)]
-    return {'the single LoRA has as many parameters as the modulators of the pool': size['l2m'] == size['shared'],
-            'tasks share most of their words': all(len(a & b) > len(a)/2 for a in words for b in words),
+    shared = all(len(a & b) > len(a)/2 for a in words for b in words)
+    return {'the single LoRA has as many parameters as the modulators of the pool':
+            size['l2m'] == size['shared'],
+            'tasks share most of their words': shared,
             'no training question is asked': not {r['prompt'] for r in rows(0, ROWS, 'train', 0)}
             & {r['prompt'] for r in rows(0, ASKED, 'test', 0)}}

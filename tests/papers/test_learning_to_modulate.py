@@ -9,9 +9,8 @@ from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.store import load_delta
 from ftlab.core.data import data
 from ftlab.core.new_tokens import add_to, give_rows
-from ftlab.trainers.continual.learning_to_modulate import (Choice, Keys, Modulators, Scales, keys_of,
-                                                           learning_to_modulate, prompts_in, queries,
-                                                           task_at)
+from ftlab.trainers.continual.learning_to_modulate import (
+    Choice, Keys, Modulators, Scales, keys_of, learning_to_modulate, prompts_in, queries, task_at)
 from ftlab.trainers.fit import fit
 from tests.tiny import inputs_for, tiny
 from tests.toys import TOK, assert_resumes, classifier, lab_data, label_data, logits, toy
@@ -115,7 +114,8 @@ class Watch:
         want = torch.stack([E[row[m]].mean(0) for row, m in zip(b['input_ids'], on)])
         torch.testing.assert_close(keys.now.q, want.detach())
         grads = [None if p.grad is None else p.grad.clone() for p in keys.key]
-        self.seen.append((keys.now.entries.tolist(), grads, keys.before.clone(), keys.counts.clone()))
+        counts = keys.before.clone(), keys.counts.clone()
+        self.seen.append((keys.now.entries.tolist(), grads, *counts))
 
 
 def test_in_training_the_prompt_asks_and_a_new_task_takes_an_entry_that_was_not_used():
@@ -209,7 +209,8 @@ def test_an_answer_keeps_the_choice_of_its_prompt_and_beams_take_it_along(family
                                    num_beams=beams, **how)
             assert alone[0].equal(said)
     choosing(keys, kept.tolist()) # without a cache, but with the same choice
-    assert together.equal(model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **how))
+    how |= dict(use_cache=False)
+    assert together.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **how))
 
 
 @torch.no_grad()
@@ -237,8 +238,9 @@ def test_a_classifier_learns_saves_and_loads(tmp_path):
 
 def test_it_resumes_with_its_counts(tmp_path):
     def run(**more):
-        return fit(toy(), TOK, lab_data(), learning_to_modulate(size=6, r=2, tasks=2), steps=4, lr=1e-2,
-                   batch_size=4, progress=False, **more)
+        recipe = learning_to_modulate(size=6, r=2, tasks=2)
+        return fit(toy(), TOK, lab_data(), recipe, steps=4, lr=1e-2, batch_size=4, progress=False,
+                   **more)
     assert_resumes(run, tmp_path, at=2)
 
 
