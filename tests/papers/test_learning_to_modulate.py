@@ -272,7 +272,7 @@ def grown():
     (lambda: learning_to_modulate(weight=float('nan')), '0 or more'),
     (lambda: learning_to_modulate(init=0), 'above 0'),
     (lambda: pooled(toy(), r=99), 'at most'),
-    (lambda: pooled(tiny('gpt2'), kind='ia3'), "use kind='lora'"),
+    (lambda: pooled(tiny('gpt2'), kind='ia3'), 'use the kind lora'),
     (lambda: pooled(tiny('vit')), 'no input embedding'),
     (lambda: pooled(tiny('t5')), 'encoder or a decoder'),
     (lambda: Modulators(torch.zeros(3, 4, 4)), 'whole matrices'),

@@ -257,7 +257,7 @@ class modulated:
         found = {n: True for n in parts(*KINDS[self.kind])(model) if n in wide}
         if self.kind == 'ia3' and not any(n in found for n in parts('k')(model)):
             raise ValueError(f'{type(model).__name__} stores keys and values in one matrix with the queries, of which '
-                             "IA3 scales only a part; use kind='lora'")
+                             'IA3 scales only a part; use the kind lora')
         table = input_embedding(model)
         if not table or not found:
             raise ValueError(f'{type(model).__name__} has no {"input embedding" if found else "matrix"} that a pool '
