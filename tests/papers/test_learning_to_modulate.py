@@ -214,6 +214,27 @@ def test_an_answer_keeps_the_choice_of_its_prompt_and_beams_take_it_along(family
 
 
 @torch.no_grad()
+def test_a_cache_that_is_cut_or_reset_and_one_of_fixed_size():
+    "a fixed one answered from empty places, as the choice beside its layers changed what its mask was"
+    model, ids = toy(), torch.randint(5, 90, (1, 6))
+    keys = shaken(pooled(model))
+    how = dict(max_new_tokens=5, do_sample=False, pad_token_id=1, eos_token_id=None)
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    cut = model.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=2, **how)
+    assert said.equal(cut)
+    with pytest.raises(ValueError, match='cache that grows'):
+        model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation='static', **how)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache.reset()
+    choosing(keys, [3])
+    model(input_ids=ids, past_key_values=cache)
+    assert keys.now.entries.tolist() == [3]
+    choosing(keys, [1])
+    model(input_ids=ids[:, :1], past_key_values=cache)
+    assert keys.now.entries.tolist() == [3]
+
+
+@torch.no_grad()
 def test_the_base_model_alone_chooses_too():
     model = toy()
     keys = shaken(pooled(model))
@@ -229,7 +250,8 @@ def test_a_classifier_learns_saves_and_loads(tmp_path):
               batch_size=4, progress=False)
     run.delta.save(tmp_path/'d.safetensors')
     fresh = classifier()
-    load_delta(fresh, tmp_path/'d.safetensors')
+    loaded = keys_of(load_delta(fresh, tmp_path/'d.safetensors'))
+    assert loaded.counts.equal(keys_of(run.delta.attached).counts)
     ids = torch.randint(5, 90, (6, 9))
     with torch.no_grad():
         assert torch.equal(fresh(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits)
@@ -280,6 +302,8 @@ def grown():
     (lambda: Scales(torch.zeros(4, 4), side='top'), 'out or in'),
     (lambda: Keys(torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool)), 'mask of entries'),
     (lambda: learning_to_modulate().delta(torch.zeros(4, 4)), 'call fitted'),
+    (lambda: attach(toy(), {'model.layers.0.mlp.up_proj.weight': True}, learning_to_modulate().delta),
+     'the selection leaves out'),
     (lambda: attach(toy(), {'model.layers.0.mlp.up_proj.weight': True}, Keys), 'belong to the input embedding'),
     (lambda: fit(toy(), TOK, data([dict(prompt='a', response='b'), dict(prompt='b', response='c')]),
                  learning_to_modulate(size=2, r=2, tasks=30), steps=1, progress=False), 'divide among'),

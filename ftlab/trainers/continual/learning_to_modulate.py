@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from ...adapters.attach import owner_of
 from ...adapters.select import parts
 from ...adapters.yardsticks.prompts import input_embedding
@@ -116,6 +116,9 @@ def _reader(model) -> nn.Module:
 class Chosen(DynamicLayer):
     "The entry that each row has chosen, as one more layer of the model's cache"
 
+    def crop(self, tokens_to_remove:int) -> None:
+        "Keep the choice, which belongs to the row, whatever tokens are taken back"
+
 class Choice:
     "What the rows of a batch have chosen"
 
@@ -139,6 +142,7 @@ class Choosing:
             return
         k = kwargs | dict(zip(inspect.signature(module.forward).parameters, args))
         cache = k.get('past_key_values')
+        _check_grows(cache)
         if (kept := _kept(cache)) is not None:
             self.keys.now = Choice(kept.keys[:, 0, 0, 0])
             return
@@ -151,7 +155,8 @@ class Choosing:
     def after(self, module, args, kwargs, out):
         cache = out.get('past_key_values') if hasattr(out, 'get') else kwargs.get('past_key_values')
         if self.owner.enabled and hasattr(cache, 'layers') and _kept(cache) is None:
-            cache.layers.append(layer := Chosen())
+            if (layer := _layer(cache)) is None: # a cache that was reset has an empty one
+                cache.layers.append(layer := Chosen())
             layer.update(*2*[self.keys.now.entries[:, None, None, None]])
 
     @torch.no_grad()
@@ -168,8 +173,18 @@ class Choosing:
         on = on[..., None].to(self.keys.key[0].dtype)
         return (x.to(on.dtype)*on).sum(1)/on.sum(1).clamp(min=1)
 
-def _kept(cache):
+def _layer(cache):
     return next((x for x in getattr(cache, 'layers', ()) if isinstance(x, Chosen)), None)
+
+def _kept(cache):
+    layer = _layer(cache)
+    return layer if layer is not None and layer.is_initialized else None
+
+def _check_grows(cache):
+    "Raise `ValueError` for a cache of fixed size, whose mask one more layer would change, and for one that is moved"
+    if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading):
+        raise ValueError('a pool keeps what a row has chosen in the cache that grows with the text (dynamic), and '
+                         f'this is another {type(cache).__name__}; leave cache_implementation out')
 
 # %% ../../../nbs/trainers/continual/learning_to_modulate.ipynb #l2m-12
 class _Entries(nn.Module):
@@ -280,8 +295,12 @@ class pool_of:
         raise ValueError('a pool has keys at one weight and modulators at the others; call fitted, then at')
 
     def fitted(self, model, chosen) -> pool_of:
-        "Return what makes the deltas of this model"
-        return replace(self, table=next(iter(input_embedding(model)), ''),
+        "Return what makes the deltas of this model. Raises `ValueError` without the input embedding, where keys are"
+        table = next(iter(input_embedding(model)), '')
+        if table not in chosen:
+            raise ValueError(f'a pool has its keys at the input embedding, {table!r}, which the selection leaves out; '
+                             'select with modulated(), or add that name')
+        return replace(self, table=table,
                        inner=frozenset(parts('down')(model)))
 
     def at(self, name:str): # -> what makes the delta there
