@@ -14,8 +14,8 @@ from ftlab.core.text import split_of
 from ftlab.core.tokens import encode_all
 from ftlab.lab.world import LETTERS, LISTS
 from ftlab.trainers.callbacks import Every
-from ftlab.trainers.continual.learning_to_modulate import (KINDS, Keys, in_turn, keys_of,
-                                                           learning_to_modulate, prompts_in, queries)
+from ftlab.trainers.continual.learning_to_modulate import (
+    KINDS, Keys, in_turn, keys_of, learning_to_modulate, prompts_in, queries)
 
 # the prompts of three skills that lab-s knows, each with the answers of another rule
 TASKS = (('sort', lambda x: sorted(x)[::-1]), ('dedupe', lambda x: x[::-1]),

@@ -219,11 +219,12 @@ def test_a_cache_that_is_cut_or_reset_and_one_of_fixed_size():
     model, ids = toy(), torch.randint(5, 90, (1, 6))
     keys = shaken(pooled(model))
     how = dict(max_new_tokens=5, do_sample=False, pad_token_id=1, eos_token_id=None)
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
-    cut = model.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=2, **how)
+    mask = torch.ones_like(ids)
+    said = model.generate(ids, attention_mask=mask, **how)
+    cut = model.generate(ids, attention_mask=mask, prompt_lookup_num_tokens=2, **how)
     assert said.equal(cut)
     with pytest.raises(ValueError, match='cache that grows'):
-        model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation='static', **how)
+        model.generate(ids, attention_mask=mask, cache_implementation='static', **how)
     cache = model(input_ids=ids, use_cache=True).past_key_values
     cache.reset()
     choosing(keys, [3])
@@ -302,8 +303,8 @@ def grown():
     (lambda: Scales(torch.zeros(4, 4), side='top'), 'out or in'),
     (lambda: Keys(torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool)), 'mask of entries'),
     (lambda: learning_to_modulate().delta(torch.zeros(4, 4)), 'call fitted'),
-    (lambda: attach(toy(), {'model.layers.0.mlp.up_proj.weight': True}, learning_to_modulate().delta),
-     'the selection leaves out'),
+    (lambda: attach(toy(), {'model.layers.0.mlp.up_proj.weight': True},
+                    learning_to_modulate().delta), 'the selection leaves out'),
     (lambda: attach(toy(), {'model.layers.0.mlp.up_proj.weight': True}, Keys), 'belong to the input embedding'),
     (lambda: fit(toy(), TOK, data([dict(prompt='a', response='b'), dict(prompt='b', response='c')]),
                  learning_to_modulate(size=2, r=2, tasks=30), steps=1, progress=False), 'divide among'),
