@@ -525,7 +525,7 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     check_bare(model)
     check_selection(model, chosen)
     params = dict(model.named_parameters())
-    if beside and (site := declared(delta, 'site', 'weight')) in (*BEFORE, 'model'):
+    if beside and (site := declared(delta, 'site', 'weight')) in (*BEFORE, 'model', 'choice'):
         raise ValueError(f'the model has new tokens, whose rows train beside the method, and a {site} delta '
                          'cannot stand on the same embedding; use another method, such as lora')
     # a weight that was chosen whole has these entries already; each entry has one change
@@ -538,10 +538,11 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
         delta = delta.fitted(model, written)
     make = delta or Entries
     check_packed(params, [n for n in chosen if n not in written and n not in beside])
+    at = getattr(make, 'at', lambda name: make) # what it makes may differ by name
     for n in written:
-        check_delta(model, n, make)
+        check_delta(model, n, at(n))
     # all deltas are made before the model is touched, so an error in one leaves the model as it was
-    deltas = {n: make_delta(model, n, mask, make) for n, mask in written.items()}
+    deltas = {n: make_delta(model, n, mask, at(n)) for n, mask in written.items()}
     deltas |= {n: make_delta(model, n, mask, Entries) for n, mask in beside.items()}
     chosen = {**chosen, **beside, **dict.fromkeys(also, True)}
     if originals is None:
@@ -603,6 +604,8 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
     if other := unties(model, name, delta):
         raise ValueError(f'{name!r} is tied to {other!r}: a delta on one would untie them; leave it out of the '
                          'selection, or train the weight itself (delta=None)')
+    if (fits := declared(delta, 'fits', None)) is not None:
+        return fits(model, name)
     title, site = name_of(delta), declared(delta, 'site', 'weight')
     shape = tuple(model.get_parameter(name).shape)
     if len(shape) > 2 and site == 'weight' and not declared(delta, 'vectors', False):
@@ -684,6 +687,9 @@ def _place(att, name, d):
     if d.site == 'weight' and not branches:
         return _parametrize(att, name, d)
     module.add_module(f'delta_{attribute}', d)
+    if hasattr(d, 'placed'):
+        att.handles |= d.placed(att, name)
+        return
     if d.site in BEFORE:
         put = (_Prompt if d.site == 'prompt' else _Prefix)(att, d, module)
         on = _decoder(att.model)
