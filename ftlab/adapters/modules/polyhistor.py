@@ -4,7 +4,7 @@
 
 # %% ../../../nbs/adapters/modules/polyhistor.ipynb #polyhistor-4
 from __future__ import annotations
-import math, re
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -388,7 +388,7 @@ def polyhistor(tasks:Sequence[str]=(),       # names of the tasks; none: all row
                ask:str|None=None,            # the task that is asked where `asking` says nothing; None: an error
                down:int=4,                   # the bottleneck is this many times narrower than the layer
                rank:int=4,                   # of the template
-               kernel:int=4,                 # side of the narrowest layer's kernel; 1/kernel of its width is the template's
+               kernel:int=4,                 # side of the narrowest layer's kernel; the template is kernel times narrower
                embedding:int=8,              # values of a task's vector
                targets:str|None=None,        # regular expression for the weights; None: the last of attention and MLP
                decoders:str|None=None        # regular expression for parameters that train themselves, such as heads
