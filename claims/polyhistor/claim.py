@@ -104,7 +104,7 @@ def scenes(split, seed) -> list:
     out = []
     for _ in range(IMAGES[split]):
         x, y = canvas(rng, known()[split], 2)
-        out.append((noisy(x, rng), dense(x, y)))
+        out.append((noisy(1 - x, rng), dense(x, y))) # dark ink on light paper
     return out
 
 def losses(logits, target, task): # [rows, 64, 14], [rows, 64], [rows]; [rows]
