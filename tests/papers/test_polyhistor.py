@@ -47,7 +47,8 @@ def text_rows():
 
 
 def of_text(**kw):
-    return polyhistor(('sort', 'reverse'), **dict(task=lambda r: r['prompt'].split()[0], **SMALL) | kw)
+    first = lambda r: r['prompt'].split()[0]
+    return polyhistor(('sort', 'reverse'), **dict(task=first, **SMALL) | kw)
 
 
 # ---------- the formula
@@ -260,8 +261,8 @@ def test_a_file_without_the_shared_part_is_refused(tmp_path):
     base = identity(model)
     tensors, kinds = pack(beside(model))
     first = next(iter(kinds))
-    save_delta(tmp_path/'d.safetensors', {n: t for n, t in tensors.items() if not n.startswith(first)},
-               {n: k for n, k in kinds.items() if n != first}, base)
+    rest = {n: t for n, t in tensors.items() if not n.startswith(first)}
+    save_delta(tmp_path/'d.safetensors', rest, {n: k for n, k in kinds.items() if n != first}, base)
     again = toy()
     with pytest.raises(ValueError, match='exactly one must'):
         load_delta(again, tmp_path/'d.safetensors')
@@ -387,7 +388,8 @@ def test_pictures_need_a_column_of_numbers():
 def test_rows_of_text_need_a_known_task(rows, how, said):
     how = dict(tasks=('sort', 'reverse'), task=lambda r: r['prompt'].split()[0]) | how
     with pytest.raises(ValueError, match=said):
-        fit(toy(), TOK, data(rows), polyhistor(**how, **SMALL), steps=1, batch_size=4, progress=False)
+        fit(toy(), TOK, data(rows), polyhistor(**how, **SMALL), steps=1, batch_size=4,
+            progress=False)
 
 
 def test_one_text_in_two_tasks_and_packed_rows_are_refused():

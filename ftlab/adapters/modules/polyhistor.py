@@ -103,7 +103,8 @@ def asking(model:nn.Module,
         raise ValueError('the model has no adapters for several tasks; train or load some first')
     was = [s.now for s in found]
     for s in found:
-        s.now = s.number(task) if isinstance(task, str) else torch.tensor([s.number(t) for t in task])
+        one = isinstance(task, str)
+        s.now = s.number(task) if one else torch.tensor([s.number(t) for t in task])
     try:
         yield model
     finally:
@@ -332,10 +333,11 @@ class adapters_of:
 
     def fitted(self, model, chosen) -> _Made:
         "Return what makes each adapter of this model. Raises `ValueError` if there is no layer to stand behind"
-        shapes = [oriented(model, n, model.get_parameter(n)).shape for n, m in chosen.items() if m is True]
-        if not shapes:
+        widths = [len(oriented(model, n, model.get_parameter(n)))
+                  for n, m in chosen.items() if m is True]
+        if not widths:
             raise ValueError('no layer was selected that an adapter could stand behind')
-        narrow = min(shape[0] for shape in shapes)
+        narrow = min(widths)
         if self.form == 'kron' and narrow % self.kernel:
             raise ValueError(f'kernel is {self.kernel}, which does not divide the narrowest layer, of {narrow} outputs')
         return _Made(dict(form=self.form, tasks='\n'.join(self.tasks), ask=self.ask, down=self.down,
@@ -371,7 +373,8 @@ def task_adapters(form:str='separate',            # 'separate', 'shared', or 'hy
     if form not in FORMS[1:]:
         raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS[1:])}')
     names = _checked(tasks, ask, dict(down=down, embedding=embedding))
-    return _recipe(adapters_of(form, names, ask or '', down, embedding=embedding), task, targets, decoders)
+    made = adapters_of(form, names, ask or '', down, embedding=embedding)
+    return _recipe(made, task, targets, decoders)
 
 @method('Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision Tasks', '2210.03265',
     'Adapters that two small hypernetworks write for each task, enlarged to each layer\'s width, compete on four dense '
@@ -398,7 +401,8 @@ def polyhistor(tasks:Sequence[str]=(),       # names of the tasks; none: all row
     Raises `ValueError` for sizes that do not fit each other or the model, for tasks that are no different names, and
     for an `ask` that is none of them."""
     names = _checked(tasks, ask, dict(down=down, rank=rank, kernel=kernel, embedding=embedding))
-    return _recipe(adapters_of('kron', names, ask or '', down, rank, kernel, embedding), task, targets, decoders)
+    made = adapters_of('kron', names, ask or '', down, rank, kernel, embedding)
+    return _recipe(made, task, targets, decoders)
 
 def _recipe(delta, task, targets, decoders) -> Recipe:
     several = dict(source=viewed(tell_tasks(delta.tasks, task)), loop=Loop(callbacks=(Listening,)))
