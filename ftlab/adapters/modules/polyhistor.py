@@ -80,7 +80,7 @@ class Switch(nn.Module):
                 task = task[:1]
         if task is None:
             raise ValueError(f'the adapters know {len(self.names)} tasks ({", ".join(self.names)}), and nothing says '
-                             'which one is asked; use `with asking(model, task):`, or give the method ask=')
+                             'which one is asked; use `with asking(model, task):`, or name a task to ask in the method')
         if isinstance(task, int):
             return task
         if h.ndim != 3 or len(h) != len(task):
@@ -272,8 +272,8 @@ class tell_tasks:
     def _number(self, row) -> int:
         name = self.task(row) if callable(self.task) else row.get(self.task)
         if name is None:
-            raise ValueError(f'a row has no task in {self.task!r}; it has {", ".join(row)}. Give the column as task=, '
-                             'and carry=[column] to ftlab.data, or a function of the row')
+            raise ValueError(f'a row has no task in {self.task!r}; it has {", ".join(row)}. Name the '
+                             'column, as in polyhistor(task="skill"), and carry it along with the data')
         if str(name) not in self.names:
             raise ValueError(f'a row has the task {str(name)!r}; the tasks are {", ".join(self.names)}')
         return self.names.index(str(name))
