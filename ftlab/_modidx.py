@@ -535,6 +535,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'ftlab/adapters/modules/polyhistor.py'),
                                                    'ftlab.adapters.modules.polyhistor.kron': ( 'adapters/modules/polyhistor.html#kron',
                                                                                                'ftlab/adapters/modules/polyhistor.py'),
+                                                   'ftlab.adapters.modules.polyhistor.one_each': ( 'adapters/modules/polyhistor.html#one_each',
+                                                                                                   'ftlab/adapters/modules/polyhistor.py'),
                                                    'ftlab.adapters.modules.polyhistor.parameters': ( 'adapters/modules/polyhistor.html#parameters',
                                                                                                      'ftlab/adapters/modules/polyhistor.py'),
                                                    'ftlab.adapters.modules.polyhistor.polyhistor': ( 'adapters/modules/polyhistor.html#polyhistor',

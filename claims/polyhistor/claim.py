@@ -89,13 +89,13 @@ def noisy(x, rng, noise=NOISE):
     return (x + noise*torch.randn(x.shape, generator=draw))[None]*2 - 1
 
 def dense(x, y) -> list:
-    "What each task asks at each patch, as [64] numbers"
+    "What each task asks at each patch, as [64] numbers; `x` is light on dark"
     light = F.avg_pool2d(x[None, None], PATCH)[0, 0]
     ink = light > INK
     where, all_of = ink.nonzero().float(), torch.ones_like(ink).nonzero().float()
     far = torch.cdist(all_of, where).min(1).values/4
     name = torch.where(ink, y[::PATCH, ::PATCH], 10)
-    return [name.flatten().float(), ink.flatten().float(), far, 1 - light.flatten()]
+    return [name.flatten().float(), ink.flatten().float(), far, light.flatten()] # seen is the negative
 
 @lru_cache(4)
 def scenes(split, seed) -> list:
@@ -164,7 +164,8 @@ STANDS = dict(targets=r'\.(o|down)\.weight$', decoders='^decoders')
 SITES = [w for w in WIDTHS for _ in range(2*BLOCKS)] # widths of the layers with an adapter
 SIZES = dict(polyhistor=dict(form='kron', down=4, rank=8, kernel=1, embedding=8),
              separate=dict(form='separate', down=4), shared=dict(form='shared', down=8),
-             small=dict(form='separate', down=32))
+             small=dict(form='separate', down=32),
+             tables=dict(form='tables', down=4, rank=8, kernel=1))
 
 def only_decoders(model, batches=None, seed=0):
     return {n: True for n, _ in model.named_parameters() if n.startswith('decoders')}
@@ -230,10 +231,13 @@ def identities():
     counted = sum(p.numel() for d in on for p in d.parameters())
     base = fresh(0)
     x = torch.stack([x for x, _ in scenes('train', 0)[:4]])
+    seen = (F.avg_pool2d(x, PATCH).flatten() + 1)/2
+    asked = torch.cat([asks[3] for _, asks in scenes('train', 0)[:4]])
     with run.disabled(), torch.no_grad():
         off = torch.equal(run.model.states(x), base.states(x))
     return {'at most a quarter of the parameters of separate adapters': 4*n['polyhistor'] <= n['separate'],
             'the two small baselines have as many, within 2 in 100':
             all(abs(n[a]/n['polyhistor'] - 1) < .02 for a in ('shared', 'small')),
+            'inversion asks for the negative of what is seen': abs(float((seen + asked).mean()) - 1) < .05,
             'as many train as the formula says': counted == n['polyhistor'],
             'switched off, the states are those of the base': off}

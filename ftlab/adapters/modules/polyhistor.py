@@ -19,8 +19,8 @@ from ...core.recipe import Loop, Recipe, viewed
 from ...core.tokens import encode_each
 
 # %% auto #0
-__all__ = ['KEY', 'FORMS', 'LAST', 'kron', 'Template', 'Switch', 'switches', 'asking', 'Adapter', 'check_sizes', 'parameters',
-           'tell_tasks', 'Listening', 'behind', 'adapters_of', 'task_adapters', 'polyhistor']
+__all__ = ['KEY', 'FORMS', 'LAST', 'kron', 'Template', 'Switch', 'switches', 'asking', 'Adapter', 'one_each', 'check_sizes',
+           'parameters', 'tell_tasks', 'Listening', 'behind', 'adapters_of', 'task_adapters', 'polyhistor']
 
 # %% ../../../nbs/adapters/modules/polyhistor.ipynb #polyhistor-8
 def kron(K:Tensor, # a layer's kernel, [a, b]
@@ -112,7 +112,7 @@ def asking(model:nn.Module,
             s.now = now
 
 # %% ../../../nbs/adapters/modules/polyhistor.ipynb #polyhistor-12
-FORMS = ('kron', 'hyper', 'separate', 'shared')
+FORMS = ('kron', 'hyper', 'separate', 'shared', 'tables')
 
 class Adapter(nn.Module):
     """A bottleneck behind a layer, `h + U gelu(D h)`, whose matrices depend on the task.
@@ -143,16 +143,17 @@ class Adapter(nn.Module):
         self.switch = Switch(names, ask) if holds else None
         if holds and form in ('kron', 'hyper'):
             self.switch.z = nn.Parameter(torch.randn(max(1, len(names)), embedding))
-        if holds and form == 'kron':
-            self.switch.down = Template(template//down, template, rank, embedding)
-            self.switch.up = Template(template, template//down, rank, embedding, zero=True)
+        if holds and form in ('kron', 'tables'):
+            values = embedding if form == 'kron' else max(1, len(names))
+            self.switch.down = Template(template//down, template, rank, values)
+            self.switch.up = Template(template, template//down, rank, values, zero=True)
         self._own(d, max(1, len(names)))
         self.to(W.dtype)
 
     def _own(self, d, tasks):
         "Make this layer's own parameters"
         form, n, c = self.form, self.n, self.config
-        if form == 'kron':
+        if form in ('kron', 'tables'):
             s = d//c['template']
             self.K, self.V = (nn.Parameter(torch.randn(s, s)*s**-.5) for _ in 'DU')
         elif form == 'hyper':
@@ -176,8 +177,9 @@ class Adapter(nn.Module):
         if self.form in ('separate', 'shared'):
             return self.D, self.U
         common = self.others[0].switch
-        if self.form == 'kron':
-            return kron(self.K, common.down(common.z)), kron(self.V, common.up(common.z))
+        if self.form in ('kron', 'tables'):
+            z = common.z if self.form == 'kron' else one_each(common.down.left.weight)
+            return kron(self.K, common.down(z)), kron(self.V, common.up(z))
         return tuple(torch.einsum('ije,te->tij', H, common.z) for H in (self.D, self.U))
 
     def forward(self, h):
@@ -189,6 +191,12 @@ class Adapter(nn.Module):
             return h + F.linear(F.gelu(F.linear(h, D[task])), U[task])
         return h + F.gelu(h @ D[task].mT) @ U[task].mT
 
+def one_each(W:Tensor # [outputs, tasks]
+            ) -> Tensor: # [tasks, tasks]
+    "Return a fixed vector for each task, as long as one of standard normal values: `W` is then a table"
+    tasks = W.shape[1]
+    return tasks**.5*torch.eye(tasks, dtype=W.dtype, device=W.device)
+
 # %% ../../../nbs/adapters/modules/polyhistor.ipynb #polyhistor-14
 def check_sizes(d:int, form:str, down:int, template:int, rank:int) -> None:
     "Raise `ValueError` unless an adapter of this form fits a layer with `d` outputs"
@@ -196,7 +204,7 @@ def check_sizes(d:int, form:str, down:int, template:int, rank:int) -> None:
         raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS)}')
     if d % down:
         raise ValueError(f'down is {down}, which does not divide the {d} outputs of the layer')
-    if form != 'kron':
+    if form not in ('kron', 'tables'):
         return
     if template < 1 or d % template or template % down:
         raise ValueError(f'the template has width {template}; it must divide the {d} outputs of the layer and be a '
@@ -222,7 +230,10 @@ def parameters(widths:Sequence[int], # of the layers that get an adapter
         return each*(tasks if form == 'separate' else 1)
     if form == 'hyper':
         return tasks*embedding + embedding*each
-    return tasks*embedding + 2*embedding*rank*(d + d//down) + sum(2*(w//d)**2 for w in widths)
+    kernels = sum(2*(w//d)**2 for w in widths)
+    if form == 'tables':
+        return 2*tasks*rank*(d + d//down) + kernels
+    return tasks*embedding + 2*embedding*rank*(d + d//down) + kernels
 
 # %% ../../../nbs/adapters/modules/polyhistor.ipynb #polyhistor-16
 @dataclass(frozen=True)
@@ -338,7 +349,7 @@ class adapters_of:
         if not widths:
             raise ValueError('no layer was selected that an adapter could stand behind')
         narrow = min(widths)
-        if self.form == 'kron' and narrow % self.kernel:
+        if self.form in ('kron', 'tables') and narrow % self.kernel:
             raise ValueError(f'kernel is {self.kernel}, which does not divide the narrowest layer, of {narrow} outputs')
         return _Made(dict(form=self.form, tasks='\n'.join(self.tasks), ask=self.ask, down=self.down,
                           template=narrow//self.kernel, rank=self.rank, embedding=self.embedding))
@@ -360,11 +371,13 @@ class _Made:
         return made
 
 # %% ../../../nbs/adapters/modules/polyhistor.ipynb #polyhistor-20
-def task_adapters(form:str='separate',            # 'separate', 'shared', or 'hyper', a plain hypernetwork
+def task_adapters(form:str='separate',            # 'separate', 'shared', 'tables', or 'hyper'
                   tasks:Sequence[str]=(),         # as in `polyhistor`
                   task:str|Callable='task',       # as in `polyhistor`
                   ask:str|None=None,              # as in `polyhistor`
                   down:int=4,                     # as in `polyhistor`
+                  rank:int=4,                     # as in `polyhistor`, for 'tables'
+                  kernel:int=4,                   # as in `polyhistor`, for 'tables'
                   embedding:int=8,                # values of a task's vector, for 'hyper'
                   targets:str|None=None,          # as in `polyhistor`
                   decoders:str|None=None          # as in `polyhistor`
@@ -372,8 +385,8 @@ def task_adapters(form:str='separate',            # 'separate', 'shared', or 'hy
     "Train the usual adapters for several tasks, with which Polyhistor is compared. Raises `ValueError` as it does"
     if form not in FORMS[1:]:
         raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS[1:])}')
-    names = _checked(tasks, ask, dict(down=down, embedding=embedding))
-    made = adapters_of(form, names, ask or '', down, embedding=embedding)
+    names = _checked(tasks, ask, dict(down=down, rank=rank, kernel=kernel, embedding=embedding))
+    made = adapters_of(form, names, ask or '', down, rank, kernel, embedding)
     return _recipe(made, task, targets, decoders)
 
 @method('Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision Tasks', '2210.03265',
