@@ -24,8 +24,7 @@ SMALL = dict(rank=2, embedding=3)
 def made(form='kron', tasks=NAMES, **kw):
     if form == 'kron':
         return polyhistor(tasks, **SMALL | kw)
-    kw = {k: v for k, v in kw.items() if k not in ('rank', 'kernel')}
-    return task_adapters(form, tasks, **dict(embedding=3) | kw)
+    return task_adapters(form, tasks, **SMALL | kw)
 
 
 def beside(model, form='kron', tasks=NAMES, **kw):
@@ -86,9 +85,10 @@ def test_an_adapter_adds_a_bottleneck_to_its_layer(form):
     assert len(ds) == 4 and [d.switch is not None for d in ds] == [True] + [False]*3
     h, d, common = torch.randn(2, 5, 32), ds[2], ds[0].switch
     for t, name in enumerate(NAMES):
-        if form == 'kron':
-            D = torch.kron(d.K, common.down(common.z)[t])
-            U = torch.kron(d.V, common.up(common.z)[t])
+        if form in ('kron', 'tables'):
+            z = common.z if form == 'kron' else 3**.5*torch.eye(3)
+            D = torch.kron(d.K, common.down(z)[t])
+            U = torch.kron(d.V, common.up(z)[t])
         elif form == 'hyper':
             D, U = d.D @ common.z[t], d.U @ common.z[t]
         else:
@@ -105,9 +105,30 @@ def test_as_many_train_as_the_formula_says(form):
     count = sum(p.numel() for p in att.parameters().values())
     assert count == parameters([32]*4, 3, form, rank=2, kernel=2, embedding=3)
     by_hand = dict(kron=3*3 + 2*3*2*(16 + 4) + 4*2*2**2, hyper=3*3 + 3*4*2*32*8,
-                   separate=3*4*2*32*8, shared=4*2*32*8)
+                   separate=3*4*2*32*8, shared=4*2*32*8, tables=2*3*2*(16 + 4) + 4*2*2**2)
     assert count == by_hand[form]
     assert len({id(p) for p in att.parameters().values()}) == len(att.parameters())
+
+
+def test_tables_can_say_all_that_hypernetworks_write_for_as_few_tasks():
+    torch.manual_seed(0)
+    T, z = Template(3, 6, 2, 5), torch.randn(4, 5)
+    plain = Template(3, 6, 2, 4)
+    with torch.no_grad():
+        for mine, theirs in ((plain.left, T.left), (plain.right, T.right)):
+            mine.weight.copy_((theirs.weight @ z.T)/2)
+    torch.testing.assert_close(plain(2*torch.eye(4)), T(z))
+
+
+def test_a_table_s_task_has_parameters_of_its_own():
+    model = toy()
+    att = beside(model, 'tables', ask='odd')
+    (held,) = (d.switch for d in att.deltas.values() if d.switch is not None)
+    b = {k: v for k, v in probe().items() if k != 'labels'}
+    model(**b).logits.square().sum().backward()
+    for M in (held.down.left, held.down.right, held.up.left, held.up.right):
+        assert M.weight.grad[:, 2].any() and not M.weight.grad[:, :2].any()
+    assert not hasattr(held, 'z')
 
 
 def test_wider_layers_have_larger_kernels():
@@ -350,7 +371,7 @@ def test_wrong_arguments(given, said):
 
 
 def test_a_form_that_there_is_not():
-    with pytest.raises(ValueError, match='hyper, separate, shared'):
+    with pytest.raises(ValueError, match='hyper, separate, shared, tables'):
         task_adapters('kron')
 
 
