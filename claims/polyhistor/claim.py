@@ -238,6 +238,7 @@ def identities():
     return {'at most a quarter of the parameters of separate adapters': 4*n['polyhistor'] <= n['separate'],
             'the two small baselines have as many, within 2 in 100':
             all(abs(n[a]/n['polyhistor'] - 1) < .02 for a in ('shared', 'small')),
-            'inversion asks for the negative of what is seen': abs(float((seen + asked).mean()) - 1) < .05,
+            'inversion asks for the negative of what is seen':
+                abs(float((seen + asked).mean()) - 1) < .05,
             'as many train as the formula says': counted == n['polyhistor'],
             'switched off, the states are those of the base': off}
