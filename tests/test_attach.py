@@ -1,4 +1,5 @@
 "Changes on all ten architectures: put on, silenced, folded, taken off, saved, loaded; and what is refused"
+import copy
 import hashlib
 import os
 from functools import partial
@@ -588,3 +589,41 @@ def test_edits_by_hand():
             and all(torch.equal(now[k], base[k]) for k in base if k != n))
     with pytest.raises(ValueError, match="names 'nope'"):
         write_change(m, base, dict(nope=torch.ones(1)))
+
+# ---------- deltas that share parameters
+
+class Sharing(Offset):
+    "One holds a number, which the others find"
+    def __init__(self, W, mask=True):
+        super().__init__(W, mask)
+        self.others = []
+
+    def join(self, deltas):
+        if len(deltas) == 1:
+            raise ValueError('alone')
+        self.others = list(deltas.values())
+
+def test_deltas_that_share_find_each_other_when_attached_and_when_loaded(tmp_path):
+    model = toy()
+    names = [n for n in parts()(model)][:3]
+    chosen = dict.fromkeys(names, True)
+    start = identity(model)
+    att = attach(model, chosen, Sharing)
+    save_delta(tmp_path/'d.safetensors', *pack(att), start)
+    again = toy()
+    loaded = load_delta(again, tmp_path/'d.safetensors', dict(Sharing=Sharing))
+    for a in (att, loaded):
+        assert all(d.others == list(a.deltas.values()) for d in a.deltas.values())
+        assert len(a.parameters()) == len({id(p) for p in a.parameters().values()})
+    twin = copy.deepcopy(model)
+    found = [m for m in twin.modules() if isinstance(m, Sharing)]
+    assert len(found) == 3 and all({*map(id, d.others)} == {*map(id, found)} for d in found)
+
+def test_a_delta_that_cannot_be_joined_leaves_the_model_as_it_was():
+    model = toy()
+    was, ready = weights(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match='alone'):
+        attach(model, {next(iter(parts()(model))): True}, Sharing)
+    assert same(weights(model), was)
+    assert [p.requires_grad for p in model.parameters()] == ready
+    attach(model, dict.fromkeys(list(parts()(model))[:2], True), Sharing)

@@ -564,6 +564,9 @@ def place(att:Attached,            # not on the model yet
                 att.model.get_parameter(n).requires_grad_(True)
         for n, d in att.deltas.items():
             _place(att, n, d)
+        for d in att.deltas.values():
+            if hasattr(d, 'join'): # it shares parameters with other deltas of the change
+                d.join(att.deltas)
         set_weights(att.model, values or {})
     except BaseException: # half a change is worse than none
         att.release()
