@@ -96,8 +96,8 @@ def spectrograms(sounds):
 def heard(rng, make, n, classes):
     "Draw n sounds, each class as often as the others, at any level and in some noise"
     y = rng.permutation(np.arange(n) % classes)
-    x = np.stack([make(rng, c)*(.3 + .7*rng.random()) + (.01 + .1*rng.random())*rng.normal(size=LENGTH)
-                  for c in y])
+    level, hiss = (lambda: .3 + .7*rng.random()), (lambda: .01 + .1*rng.random())
+    x = np.stack([make(rng, c)*level() + hiss()*rng.normal(size=LENGTH) for c in y])
     return spectrograms(x), torch.tensor(y)
 
 @lru_cache(16)
@@ -157,7 +157,8 @@ def base():
 def prepared(classes, seed):
     "The base with a fresh classifier"
     model = empty(classes)
-    model.load_state_dict({n: t for n, t in base().items() if n not in head_names(model)}, strict=False)
+    head = head_names(model)
+    model.load_state_dict({n: t for n, t in base().items() if n not in head}, strict=False)
     return fresh_head(model, seed)
 
 # ---------- arms
@@ -211,9 +212,9 @@ def run(arm, rate, seed, split, steps):
             torch.manual_seed(3*seed + i)
             model = prepared(classes, seed)
             params = put_on(model, arm)
-        look = partial(hits, model, *sounds(task, split, seed))
+        look, rows = partial(hits, model, *sounds(task, split, seed)), sounds(task, 'train', seed)
         middle = look if arm in ('lora', 'bitfit') else list
-        halfway += trained(model, params, *sounds(task, 'train', seed), steps, BATCH, rate, seed, middle)
+        halfway += trained(model, params, *rows, steps, BATCH, rate, seed, middle)
         own[task] = look()
     every = [h for of in own.values() for h in of]
     return dict({t: sum(h)/len(h) for t, h in own.items()}, accuracy=sum(every)/len(every),
