@@ -131,7 +131,12 @@ class _Sublayer:
 
     def after(self, module, args, out):
         x, self.read = self.read, None
-        return in_full(lambda h: self.delta(h, x.to(h.dtype)), out) if self.owner.enabled else out
+        if not self.owner.enabled:
+            return out
+        if x is None:
+            raise RuntimeError('the last matrix of an attention or MLP was called by itself, and the delta beside it '
+                               'needs what the first one reads; call the whole model, or use attached.disabled()')
+        return in_full(lambda h: self.delta(h, x.to(h.dtype)), out)
 
 def first_matrix(model:nn.Module, name:str) -> str:
     """Return the matrix that reads first in the attention or MLP whose last matrix is `name`.

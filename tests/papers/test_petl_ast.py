@@ -205,6 +205,49 @@ def test_a_classifier_learns_saves_and_loads(tmp_path):
         run.delta.attached.fold()
 
 
+def test_the_norm_that_an_mlp_reads_trains_also_where_attention_shares_it():
+    for family, norm in (('phi', 'input_layernorm'), ('llama', 'post_attention_layernorm')):
+        model = tiny(family)
+        found = [n for n in petl_ast().select(model) if 'layers.' in n and n.endswith('norm.weight')]
+        assert found == [f'model.layers.{i}.{norm}.weight' for i in range(2)]
+
+
+@torch.no_grad()
+def test_a_last_matrix_by_itself_says_what_it_misses():
+    model = toy()
+    att, down = on(model), model.model.layers[0].mlp.down_proj
+    x = torch.ones(1, 1, down.in_features)
+    with pytest.raises(RuntimeError, match='needs what the first one reads'):
+        down(x)
+    with att.disabled():
+        assert down(x).shape == (1, 1, 32)
+
+
+@pytest.mark.parametrize('again', (True, False))
+@pytest.mark.parametrize('family', 'llama gpt2 bert vit t5'.split())
+def test_blocks_of_every_kind_can_be_computed_again(family, again):
+    still = dict(bert=dict(attention_probs_dropout_prob=0., hidden_dropout_prob=0.),
+                 gpt2=dict(attn_pdrop=0., embd_pdrop=0., resid_pdrop=0.), t5=dict(dropout_rate=0.))
+    grads = []
+    for kind in (None, dict(use_reentrant=again)):
+        model, given = tiny(family, **still.get(family, {})), inputs_for(family)
+        model.train()
+        att = shaken(on(model, place='houlsby', norms=False))
+        if kind:
+            model.config.use_cache = False
+            model.gradient_checkpointing_enable(kind)
+        if 'pixel_values' in given: # the older kind needs an input that takes a gradient
+            given['pixel_values'].requires_grad_(True)
+        else:
+            model.enable_input_require_grads()
+        model(**given).logits.square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in att.parameters().values()]))
+        hooks = [h for m in model.modules() for h in m._forward_pre_hooks.values()]
+        left = [h.__self__.read for h in hooks if hasattr(getattr(h, '__self__', 0), 'read')]
+        assert left and not any(x is not None for x in left)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize('make, says', [
     (lambda: petl_ast(place='mlp'), 'place is .mlp.; it must be pfeiffer or houlsby'),
     (lambda: petl_ast(layout='both'), 'it must be parallel or sequential'),

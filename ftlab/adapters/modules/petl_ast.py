@@ -81,7 +81,8 @@ class last_matrices:
                     raise ValueError(f'{b.name} is a mixture of experts, whose MLP has no single last matrix; an '
                                      'adapter cannot stand there: use another method, such as lora')
                 out[part[role]] = True
-                norms.append(b.norms.get('attention' if role == 'o' else 'mlp'))
+                beside = 'mlp' if role == 'down' and 'mlp' in b.norms else 'attention' # phi has one norm for both
+                norms.append(b.norms.get(beside))
         for k in filter(None, norms if self.norms else ()):
             for name in (k, k.removesuffix('weight') + 'bias'):
                 if name in own:
