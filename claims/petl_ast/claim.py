@@ -257,6 +257,7 @@ def identities():
             'adapters have the fewest of them, or nearly so': sizes['adapter'] < 1.01*min(few),
             'the many are three times as many, within a tenth': all(2.7 < t < 3.3 for t in times),
             'adapters start as the base': same,
-            'without prompts an answer is read from all tokens': torch.allclose(before, every, atol=1e-5),
+            'without prompts an answer is read from all tokens':
+                torch.allclose(before, every, atol=1e-5),
             'a seed repeats its sounds': torch.equal(sounds('order', 'test', 1)[0],
                                                      sounds.__wrapped__('order', 'test', 1)[0])}

@@ -208,7 +208,8 @@ def test_a_classifier_learns_saves_and_loads(tmp_path):
 def test_the_norm_that_an_mlp_reads_trains_also_where_attention_shares_it():
     for family, norm in (('phi', 'input_layernorm'), ('llama', 'post_attention_layernorm')):
         model = tiny(family)
-        found = [n for n in petl_ast().select(model) if 'layers.' in n and n.endswith('norm.weight')]
+        found = [n for n in petl_ast().select(model)
+                 if 'layers.' in n and n.endswith('norm.weight')]
         assert found == [f'model.layers.{i}.{norm}.weight' for i in range(2)]
 
 
