@@ -19,15 +19,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 from .delta import Entries
 from .select import check_selection
-from ..core.anatomy import usual_name
+from ..core.anatomy import anatomy, usual_name
 from ..core.four_bits import FourBit
 from ..core.model import position_table
 from ..core.recipe import name_of
 
 # %% auto #0
 __all__ = ['HALF', 'BEFORE', 'owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers',
-           'base_below', 'changed_weight', 'in_full', 'Attached', 'attach', 'place', 'check_packed', 'check_bare',
-           'declared', 'unties', 'check_delta', 'make_delta']
+           'base_below', 'changed_weight', 'in_full', 'first_matrix', 'Attached', 'attach', 'place', 'check_packed',
+           'check_bare', 'declared', 'unties', 'check_delta', 'make_delta']
 
 # %% ../../nbs/adapters/attach.ipynb #2a699f8d
 def owner_of(model:nn.Module, name:str) -> tuple[nn.Module, str]:
@@ -118,6 +118,35 @@ class _Input:
 
     def __call__(self, module, args):
         return (in_full(self.delta, args[0]), *args[1:]) if self.owner.enabled else None
+
+# %% ../../nbs/adapters/attach.ipynb #c2sublay
+class _Sublayer:
+    "Pass what a sub-layer writes through the delta, together with what it has read"
+
+    def __init__(self, owner, delta):
+        self.owner, self.delta, self.read = owner, delta, None
+
+    def before(self, module, args):
+        self.read = args[0] if self.owner.enabled else None
+
+    def after(self, module, args, out):
+        x, self.read = self.read, None
+        if not self.owner.enabled:
+            return out
+        if x is None:
+            raise RuntimeError('the last matrix of an attention or MLP was called by itself, and the delta beside it '
+                               'needs what the first one reads; call the whole model, or use attached.disabled()')
+        return in_full(lambda h: self.delta(h, x.to(h.dtype)), out)
+
+def first_matrix(model:nn.Module, name:str) -> str:
+    """Return the matrix that reads first in the attention or MLP whose last matrix is `name`.
+    Raises `ValueError` if it is the last of none, and `UnknownArchitecture` as `anatomy` does."""
+    for b in anatomy(model).blocks:
+        for part, last in ((b.attention, 'o'), (b.mlp, 'down')):
+            if part.get(last) == name and not (b.experts and part is b.mlp):
+                return next(iter(part.values()))
+    raise ValueError(f'{name!r} is not the last matrix of an attention, nor of an MLP without experts; a delta beside '
+                     'a sub-layer belongs to such a matrix')
 
 # %% ../../nbs/adapters/attach.ipynb #a7prompt
 BEFORE = ('prompt', 'prefix') # sites of what stands before each row
@@ -623,6 +652,8 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
         return (_check_prompt if site == 'prompt' else _check_prefix)(model)
     if site == 'model':
         return _check_beside(model, name)
+    if site == 'sublayer':
+        first_matrix(model, name) # which says what is wrong
     if site != 'weight' and isinstance(owner_of(model, name)[0], nn.Embedding):
         raise ValueError(f'{name!r} belongs to an embedding, which looks rows up; {title} changes the activations of '
                          'a layer: select the weights of linear layers only')
@@ -705,9 +736,18 @@ def _place(att, name, d):
         att.handles[f'{name} after'] = att.model.register_forward_hook(put.after, with_kwargs=True)
     elif d.site == 'input':
         att.handles[name] = module.register_forward_pre_hook(_Input(att, d))
+    elif d.site == 'sublayer':
+        _place_beside(att, name, d, module)
     else:
         hook = _Output if d.site == 'activation' else _Branch
         att.handles[name] = module.register_forward_hook(hook(att, d))
+
+def _place_beside(att, name, d, module):
+    "Let the delta see what the sub-layer reads that ends in this module"
+    put = _Sublayer(att, d)
+    first = owner_of(att.model, first_matrix(att.model, name))[0]
+    att.handles[f'{name} before'] = first.register_forward_pre_hook(put.before)
+    att.handles[name] = module.register_forward_hook(put.after)
 
 def _parametrize(att, name, d):
     "Make every layer that uses the tensor read the changed weight"
