@@ -7016,6 +7016,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'ftlab.trainers.rl.razor.razor': ('trainers/rl/razor.html#razor', 'ftlab/trainers/rl/razor.py'),
                                          'ftlab.trainers.rl.razor.weight_distance': ( 'trainers/rl/razor.html#weight_distance',
                                                                                       'ftlab/trainers/rl/razor.py')},
+            'ftlab.trainers.rl.research_idea_control': { 'ftlab.trainers.rl.research_idea_control.research_idea_control': ( 'trainers/rl/research_idea_control.html#research_idea_control',
+                                                                                                                            'ftlab/trainers/rl/research_idea_control.py')},
             'ftlab.trainers.rl.spin': { 'ftlab.trainers.rl.spin.OwnPairs': ('trainers/rl/spin.html#ownpairs', 'ftlab/trainers/rl/spin.py'),
                                         'ftlab.trainers.rl.spin.OwnPairs.__init__': ( 'trainers/rl/spin.html#ownpairs.__init__',
                                                                                       'ftlab/trainers/rl/spin.py'),

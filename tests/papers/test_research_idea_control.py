@@ -1,0 +1,3 @@
+"research_idea_control: what its page cannot say about itself"
+
+# FILL IN: a peer on the same tensors where one exists, the edges of its arguments, the errors that it gives
