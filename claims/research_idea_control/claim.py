@@ -1,0 +1,146 @@
+"""lab-s learns to write made-up ideas; steering matrices learn three rewards of them from the same rows. How
+does each dial move its reward, and is a strength for each sentence better than one for the whole text?"""
+import itertools
+from functools import lru_cache
+import torch
+from scipy.stats import spearmanr
+import ftlab
+from ftlab.core.data import Data
+from ftlab.core.model import evaluating
+from ftlab.methods import full, research_idea_control
+from ftlab.trainers.rl.research_idea_control import (Field, Schedule, before_head, folded_head,
+                                                     learn_schedule, steer_of, steered, write)
+
+ROWS, TUNED, RATE = 1920, 60, 3e-3       # one pass over the known ideas
+DIAL = (-1., -.5, 0., .5, 1.)            # the range of the strengths in training
+GRID = (0., .75, 1.5)                    # of the fixed weights, in each dimension
+ITEMS = dict(validation=60, test=100)    # texts at each strength
+LAST = dict(validation=200, test=400)    # texts with the chosen weights, and with the schedule
+FIRST, SECOND, BEST = 32, 96, 6          # texts at each fixed weights, again for the best ones, and how many
+ROUNDS, DRAWS = 3, 192                   # of the schedule: as many texts as the second look at fixed weights
+LONGEST = 28                             # an idea has 24 tokens
+FORMS = dict(steer='matrix', bias='vector')
+
+@lru_cache(2)
+def writer(seed):
+    "The field, its known ideas, and lab-s after it has learned to write such"
+    known = Field(seed)
+    rows = known.rows(ROWS)
+    model, tok = ftlab.load('lab-s')
+    run = ftlab.fit(model, tok, data(rows), full(), steps=TUNED, lr=RATE, seed=seed, progress=False)
+    return known, rows, {n: p.detach().clone() for n, p in run.model.state_dict().items()}
+
+def data(rows):
+    return Data(train=rows, validation=rows[:2], test=rows[:2], kind='text', name='ideas')
+
+def fixed_at(e):
+    "A pace that never changes: [dims] for all rows"
+    e = torch.as_tensor(e)
+    return lambda seen, memory: (e.expand(len(seen), -1), None)
+
+class Study:
+    "A steered writer and how its texts are scored"
+
+    def __init__(self, arm, rate, seed, split, steps):
+        self.field, rows, weights = writer(seed)
+        self.model, self.tok = ftlab.load('lab-s')
+        self.model.load_state_dict(weights)
+        recipe = research_idea_control(self.field.rewards, form=FORMS[arm])
+        ftlab.fit(self.model, self.tok, data(rows), recipe, steps=steps, lr=rate, seed=seed, progress=False)
+        self.seed, self.split = seed, split
+        self.known = self.field.rows(400, 'schedule') # prompts on which weights and schedule are chosen
+
+    def scores(self, pace, rows, seed):
+        "The three rewards and whether it is an idea, of each text: [rows, 4]"
+        got = write(self.model, self.tok, [r['prompt'] for r in rows], pace, max_new_tokens=LONGEST,
+                    seed=seed)
+        return torch.tensor([[*(f(r, a) for f in self.field.rewards), float(bool(self.field.read(a)))]
+                             for r, a in zip(rows, got.texts)])
+
+    def at_each(self, strengths, rows, seed):
+        "The means of `scores` over the same rows at several strengths, in one batch: [strengths, 4]"
+        e = torch.tensor(strengths, dtype=torch.float32).repeat_interleave(len(rows), 0)
+        n, found = len(rows), []
+        for i in range(0, len(strengths), k := max(1, 500//n)):
+            part = e[i*n:(i + k)*n]
+            asked = rows*(len(part)//n)
+            found.append(self.scores(lambda seen, memory: (part[:len(seen)], None)
+                                     if len(seen) == len(part) else (None, None), asked, seed + i))
+        return torch.cat(found).view(len(strengths), n, 4).mean(1)
+
+    def dials(self):
+        "Each reward over the strengths of its own matrix"
+        rows = self.field.rows(ITEMS[self.split], self.split)
+        each = [[s*(d == k) for k in range(3)] for d in range(3) for s in DIAL]
+        found = self.at_each(each, rows, self.seed).view(3, len(DIAL), 4)
+        own = torch.stack([found[d, :, d] for d in range(3)])
+        rank = [float(spearmanr(DIAL, y).statistic) if len(set(y.tolist())) > 1 else 0. for y in own]
+        lift = own[:, -1] - own[:, DIAL.index(0.)]
+        return dict(spearman=min(rank), lift=float(lift.mean()), valid=float(found[..., 3].min()),
+                    curves=[[round(float(v), 3) for v in y] for y in own],
+                    lifts=[round(float(v), 3) for v in lift])
+
+    def fixed(self):
+        "The best fixed weights: a look at all of a grid, and a second one at the best of them"
+        grid = list(itertools.product(GRID, repeat=3))
+        rows = self.known[:FIRST]
+        total = self.at_each(grid, rows, self.seed + 1)[:, :3].sum(1)
+        near = [grid[i] for i in total.topk(BEST).indices]
+        again = self.at_each(near, self.known[:SECOND], self.seed + 2)[:, :3].sum(1)
+        return near[0], near[int(again.argmax())]
+
+    def schedule(self, start):
+        "A schedule that begins at the weights which the first look found best"
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            made = Schedule(self.model.config.hidden_size, start)
+        learn_schedule(made, self.model, self.tok, self.known, self.total, rounds=ROUNDS, draws=DRAWS,
+                       seed=self.seed, max_new_tokens=LONGEST)
+        return made
+
+    def total(self, row, answer):
+        return sum(f(row, answer) for f in self.field.rewards)
+
+def run(arm, rate, seed, split, steps):
+    study = Study(arm, rate, seed, split, steps)
+    found = study.dials()
+    if arm == 'bias':
+        return found
+    first, best = study.fixed()
+    rows = study.field.rows(LAST[split], f'{split}/last')
+    paces = dict(schedule=study.schedule(first), fixed=fixed_at(best), zero=fixed_at((0., 0., 0.)))
+    means = {n: study.scores(p, rows, seed + 3).mean(0) for n, p in paces.items()}
+    totals = {n: float(m[:3].sum()) for n, m in means.items()}
+    each = {f'{n}_rewards': [round(float(v), 3) for v in m] for n, m in means.items()}
+    wins = sum(float(s > f) for s, f in zip(means['schedule'][:3], means['fixed'][:3]))
+    return found | each | dict(total=totals['schedule'], fixed_total=totals['fixed'], zero_total=totals['zero'],
+                               both=(totals['schedule'] + totals['fixed'])/2, wins=wins,
+                               fixed_gain=totals['fixed'] - totals['zero'], weights=list(best))
+
+def derive(found):
+    "The best fixed weights and the writer without steering, from the same run"
+    of = found.get('steer')
+    return dict(fixed=dict(total=of['fixed_total']), zero=dict(total=of['zero_total'])) if of else {}
+
+@torch.no_grad()
+def identities():
+    model, tok = ftlab.load('lab-s')
+    rows = Field(0).rows(32)
+    batch = torch.tensor([tok(rows[0]['prompt']).input_ids])
+    base = model(batch).logits
+    recipe = research_idea_control(at=(1., -1.))
+    with torch.enable_grad():
+        ftlab.fit(model, tok, data(rows), recipe, steps=2, lr=1e-2, seed=0, batch_size=8, progress=False)
+    with evaluating(model):
+        with steered(model, [0., 0.]):
+            off = model(batch).logits
+        on = model(batch).logits
+        states = []
+        hook = steer_of(model).register_forward_pre_hook(lambda m, args: states.append(args[0]))
+        model(batch)
+        hook.remove()
+        folded = states[0] @ folded_head(model, [1., -1.]).T
+    return {'at strengths 0 it is the base, bit for bit': torch.equal(off, base),
+            'a head with the matrices folded in gives the same logits': torch.allclose(
+                folded, on, atol=1e-4) and not torch.allclose(on, base, atol=1e-4),
+            'known ideas are ideas': all(len(Field(0).read(r['response'])) == 4 for r in rows)}
