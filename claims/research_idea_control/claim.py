@@ -18,6 +18,7 @@ ITEMS = dict(validation=60, test=100)    # texts at each strength
 LAST = dict(validation=200, test=400)    # texts with the chosen weights, and with the schedule
 FIRST, SECOND, BEST = 32, 96, 6          # texts at each fixed weights, again for the best ones, and how many
 ROUNDS, DRAWS = 3, 192                   # of the schedule: as many texts as the second look at fixed weights
+BATCH = 500                              # texts at once
 LONGEST = 28                             # an idea has 24 tokens
 FORMS = dict(steer='matrix', bias='vector')
 
@@ -37,6 +38,13 @@ def fixed_at(e):
     "A pace that never changes: [dims] for all rows"
     e = torch.as_tensor(e)
     return lambda seen, memory: (e.expand(len(seen), -1), None)
+
+def each_row(e):
+    "A pace that never changes, [rows, dims]: the memory keeps each row's strengths"
+    def pace(seen, memory):
+        now = e if memory is None else memory
+        return now, now
+    return pace
 
 class Study:
     "A steered writer and how its texts are scored"
@@ -59,13 +67,11 @@ class Study:
 
     def at_each(self, strengths, rows, seed):
         "The means of `scores` over the same rows at several strengths, in one batch: [strengths, 4]"
-        e = torch.tensor(strengths, dtype=torch.float32).repeat_interleave(len(rows), 0)
-        n, found = len(rows), []
-        for i in range(0, len(strengths), k := max(1, 500//n)):
-            part = e[i*n:(i + k)*n]
-            asked = rows*(len(part)//n)
-            found.append(self.scores(lambda seen, memory: (part[:len(seen)], None)
-                                     if len(seen) == len(part) else (None, None), asked, seed + i))
+        n = len(rows)
+        e = torch.tensor(strengths, dtype=torch.float32).repeat_interleave(n, 0)
+        size = n*max(1, BATCH//n)
+        found = [self.scores(each_row(part), rows*(len(part)//n), seed + i)
+                 for i, part in enumerate(e.split(size))]
         return torch.cat(found).view(len(strengths), n, 4).mean(1)
 
     def dials(self):

@@ -5,7 +5,6 @@
 # %% ../../../nbs/trainers/rl/research_idea_control.ipynb #5ed2a7d0
 from __future__ import annotations
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
