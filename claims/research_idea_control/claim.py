@@ -13,11 +13,10 @@ from ftlab.trainers.rl.research_idea_control import (Field, Schedule, before_hea
 
 ROWS, TUNED, RATE = 1920, 60, 3e-3       # one pass over the known ideas
 DIAL = (-1., -.5, 0., .5, 1.)            # the range of the strengths in training
-GRID = (0., .75, 1.5)                    # of the fixed weights, in each dimension
-ITEMS = dict(validation=60, test=100)    # texts at each strength
-LAST = dict(validation=200, test=400)    # texts with the chosen weights, and with the schedule
-FIRST, SECOND, BEST = 32, 96, 6          # texts at each fixed weights, again for the best ones, and how many
-ROUNDS, DRAWS = 3, 192                   # of the schedule: as many texts as the second look at fixed weights
+GRID = (0., 1.5, 3.)                     # of the fixed weights, in each dimension
+# texts by split: at each strength; at all fixed weights, then at the best; in a round of the schedule; at the end
+ITEMS = dict(validation=(40, 12, 48, 96, 120), test=(80, 24, 72, 144, 240))
+BEST, ROUNDS = 6, 3                      # the schedule gets as many texts as the second look at fixed weights
 BATCH = 500                              # texts at once
 LONGEST = 28                             # an idea has 24 tokens
 FORMS = dict(steer='matrix', bias='vector')
@@ -55,7 +54,7 @@ class Study:
         self.model.load_state_dict(weights)
         recipe = research_idea_control(self.field.rewards, form=FORMS[arm])
         ftlab.fit(self.model, self.tok, data(rows), recipe, steps=steps, lr=rate, seed=seed, progress=False)
-        self.seed, self.split = seed, split
+        self.seed, self.split, self.items = seed, split, ITEMS[split]
         self.known = self.field.rows(400, 'schedule') # prompts on which weights and schedule are chosen
 
     def scores(self, pace, rows, seed):
@@ -76,12 +75,16 @@ class Study:
 
     def dials(self):
         "Each reward over the strengths of its own matrix"
-        rows = self.field.rows(ITEMS[self.split], self.split)
-        each = [[s*(d == k) for k in range(3)] for d in range(3) for s in DIAL]
-        found = self.at_each(each, rows, self.seed).view(3, len(DIAL), 4)
+        rows = self.field.rows(self.items[0], self.split)
+        each = [[s*(d == k) for k in range(3)] for d in range(3) for s in DIAL if s or not d]
+        found = self.at_each(each, rows, self.seed) # without steering once, for all three
+        zero = DIAL.index(0.)
+        rest = found[len(DIAL):].view(2, len(DIAL) - 1, 4)
+        rest = torch.cat([rest[:, :zero], found[None, zero:zero + 1].expand(2, -1, -1), rest[:, zero:]], 1)
+        found = torch.cat([found[None, :len(DIAL)], rest])
         own = torch.stack([found[d, :, d] for d in range(3)])
         rank = [float(spearmanr(DIAL, y).statistic) if len(set(y.tolist())) > 1 else 0. for y in own]
-        lift = own[:, -1] - own[:, DIAL.index(0.)]
+        lift = own[:, -1] - own[:, zero]
         return dict(spearman=min(rank), lift=float(lift.mean()), valid=float(found[..., 3].min()),
                     curves=[[round(float(v), 3) for v in y] for y in own],
                     lifts=[round(float(v), 3) for v in lift])
@@ -89,10 +92,10 @@ class Study:
     def fixed(self):
         "The best fixed weights: a look at all of a grid, and a second one at the best of them"
         grid = list(itertools.product(GRID, repeat=3))
-        rows = self.known[:FIRST]
+        rows = self.known[:self.items[1]]
         total = self.at_each(grid, rows, self.seed + 1)[:, :3].sum(1)
         near = [grid[i] for i in total.topk(BEST).indices]
-        again = self.at_each(near, self.known[:SECOND], self.seed + 2)[:, :3].sum(1)
+        again = self.at_each(near, self.known[:self.items[2]], self.seed + 2)[:, :3].sum(1)
         return near[0], near[int(again.argmax())]
 
     def schedule(self, start):
@@ -100,7 +103,7 @@ class Study:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             made = Schedule(self.model.config.hidden_size, start)
-        learn_schedule(made, self.model, self.tok, self.known, self.total, rounds=ROUNDS, draws=DRAWS,
+        learn_schedule(made, self.model, self.tok, self.known, self.total, rounds=ROUNDS, draws=self.items[3],
                        seed=self.seed, max_new_tokens=LONGEST)
         return made
 
@@ -113,7 +116,7 @@ def run(arm, rate, seed, split, steps):
     if arm == 'bias':
         return found
     first, best = study.fixed()
-    rows = study.field.rows(LAST[split], f'{split}/last')
+    rows = study.field.rows(ITEMS[split][4], f'{split}/last')
     paces = dict(schedule=study.schedule(first), fixed=fixed_at(best), zero=fixed_at((0., 0., 0.)))
     means = {n: study.scores(p, rows, seed + 3).mean(0) for n, p in paces.items()}
     totals = {n: float(m[:3].sum()) for n, m in means.items()}
