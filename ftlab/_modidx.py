@@ -7026,6 +7026,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'ftlab/trainers/rl/research_idea_control.py'),
                                                          'ftlab.trainers.rl.research_idea_control.Field.feasibility': ( 'trainers/rl/research_idea_control.html#field.feasibility',
                                                                                                                         'ftlab/trainers/rl/research_idea_control.py'),
+                                                         'ftlab.trainers.rl.research_idea_control.Field.new': ( 'trainers/rl/research_idea_control.html#field.new',
+                                                                                                                'ftlab/trainers/rl/research_idea_control.py'),
                                                          'ftlab.trainers.rl.research_idea_control.Field.novelty': ( 'trainers/rl/research_idea_control.html#field.novelty',
                                                                                                                     'ftlab/trainers/rl/research_idea_control.py'),
                                                          'ftlab.trainers.rl.research_idea_control.Field.rare': ( 'trainers/rl/research_idea_control.html#field.rare',

@@ -22,9 +22,9 @@ from ..preferences import check_text
 from ..source import micro_size
 
 # %% auto #0
-__all__ = ['FORMS', 'LEADS', 'THINGS', 'COLORS', 'PEOPLE', 'Steer', 'before_head', 'steer_of', 'steered', 'keep_strengths',
-           'folded_head', 'strengths_of', 'Graded', 'graded', 'graded_nll', 'research_idea_control', 'Schedule',
-           'Written', 'write', 'learn_schedule', 'Field']
+__all__ = ['FORMS', 'LEADS', 'THINGS', 'COLORS', 'PEOPLE', 'NOVEL', 'Steer', 'before_head', 'steer_of', 'steered',
+           'keep_strengths', 'folded_head', 'strengths_of', 'Graded', 'graded', 'graded_nll', 'research_idea_control',
+           'Schedule', 'Written', 'write', 'learn_schedule', 'Field']
 
 # %% ../../../nbs/trainers/rl/research_idea_control.ipynb #ea0a2b04
 FORMS = ('matrix', 'vector')
@@ -437,6 +437,7 @@ LEADS = 'first next now last'.split()
 THINGS = 'cup spoon bottle kettle candle basket hammer rope ladder shovel needle brush'.split()
 COLORS = 'red blue green yellow purple orange black white'.split()
 PEOPLE = 'baker pilot nurse farmer'.split()
+NOVEL = (.35, .35, .15, .15) # what each sentence counts in novelty; in feasibility, the other way round
 
 @dataclass(frozen=True)
 class Field:
@@ -484,17 +485,19 @@ class Field:
             and p[2] in THINGS and p[4] in COLORS for p, lead in zip(parts, LEADS))
         return [(p[2], p[4]) for p in parts] if good else []
 
+    def new(self, thing:str, color:str) -> float: # 0, .5 or 1
+        "How new a sentence is: an unusual color is one half, a thing that few use the other"
+        return .5*(color not in self.usual[thing]) + .5*(thing in self.rare)
+
     def novelty(self, row, answer) -> float:
-        "The share of what is new: an unusual color counts half, a thing that few use the other half"
-        rare = self.rare
-        new = [.5*(c not in self.usual[t]) + .5*(t in rare) for t, c in self.read(answer)]
-        return sum(new)/len(LEADS)
+        "How new the four sentences are; the idea's two count more than the test's"
+        return sum(w*self.new(*said) for w, said in zip(NOVEL, self.read(answer)))
 
     def feasibility(self, row, answer) -> float:
-        "The share of sentences that can be done: things must fit, and those of the test be of a usual color"
-        can = [self.kind[t] == self.kind[row['who']] and (i < 2 or c in self.usual[t])
+        "Whether things fit the person, and in the test whether they are known; the test's sentences count more"
+        can = [self.kind[t] == self.kind[row['who']] and (i < 2 or not self.new(t, c))
                for i, (t, c) in enumerate(self.read(answer))]
-        return sum(can)/len(LEADS)
+        return sum(w*c for w, c in zip(NOVEL[::-1], can))
 
     def effect(self, row, answer) -> float:
         "The mean worth of the colors, looked up for the person"
