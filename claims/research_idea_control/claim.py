@@ -13,15 +13,16 @@ from ftlab.trainers.rl.research_idea_control import (Field, Schedule, before_hea
 
 ROWS, TUNED, RATE = 1920, 60, 3e-3       # one pass over the known ideas
 DIAL = (-1., -.5, 0., .5, 1.)            # the range of the strengths in training
-GRID = (0., 1.5, 3.)                     # of the fixed weights, in each dimension
+GRID = (0., 1., 2., 3.)                  # of the fixed weights, in each dimension
 # texts by split: at each strength; at all fixed weights, then at the best; in a round of the schedule; at the end
-ITEMS = dict(validation=(40, 12, 48, 96, 120), test=(80, 24, 72, 144, 240))
-BEST, ROUNDS = 6, 3                      # the schedule gets as many texts as the second look at fixed weights
+ITEMS = dict(validation=(60, 4, 48, 64, 60), test=(100, 12, 96, 128, 200))
+BEST, ROUNDS = 8, 6                      # the schedule gets as many texts as the second look at fixed weights
+STEPS = 60                               # of the matrices and vectors
 BATCH = 500                              # texts at once
 LONGEST = 28                             # an idea has 24 tokens
 FORMS = dict(steer='matrix', bias='vector')
 
-@lru_cache(2)
+@lru_cache(12)
 def writer(seed):
     "The field, its known ideas, and lab-s after it has learned to write such"
     known = Field(seed)
@@ -45,15 +46,22 @@ def each_row(e):
         return now, now
     return pace
 
+def smooth(grid, total):
+    "A quadratic in the weights, fitted to noisy sums: [weights]"
+    x = torch.tensor(grid)
+    pairs = [x[:, i]*x[:, j] for i in range(3) for j in range(i, 3)]
+    features = torch.stack([torch.ones(len(x)), *x.T, *pairs], 1)
+    return features @ torch.linalg.lstsq(features, total[:, None]).solution[:, 0]
+
 class Study:
     "A steered writer and how its texts are scored"
 
-    def __init__(self, arm, rate, seed, split, steps):
+    def __init__(self, arm, rate, seed, split):
         self.field, rows, weights = writer(seed)
         self.model, self.tok = ftlab.load('lab-s')
         self.model.load_state_dict(weights)
         recipe = research_idea_control(self.field.rewards, form=FORMS[arm])
-        ftlab.fit(self.model, self.tok, data(rows), recipe, steps=steps, lr=rate, seed=seed, progress=False)
+        ftlab.fit(self.model, self.tok, data(rows), recipe, steps=STEPS, lr=rate, seed=seed, progress=False)
         self.seed, self.split, self.items = seed, split, ITEMS[split]
         self.known = self.field.rows(400, 'schedule') # prompts on which weights and schedule are chosen
 
@@ -76,12 +84,12 @@ class Study:
     def dials(self):
         "Each reward over the strengths of its own matrix"
         rows = self.field.rows(self.items[0], self.split)
-        each = [[s*(d == k) for k in range(3)] for d in range(3) for s in DIAL if s or not d]
-        found = self.at_each(each, rows, self.seed) # without steering once, for all three
-        zero = DIAL.index(0.)
-        rest = found[len(DIAL):].view(2, len(DIAL) - 1, 4)
-        rest = torch.cat([rest[:, :zero], found[None, zero:zero + 1].expand(2, -1, -1), rest[:, zero:]], 1)
-        found = torch.cat([found[None, :len(DIAL)], rest])
+        zero, found = DIAL.index(0.), torch.zeros(3, len(DIAL), 4)
+        at = lambda e: self.scores(fixed_at(e), rows, self.seed).mean(0) # the same draws at every strength
+        found[:, zero] = at((0., 0., 0.))
+        for d, (i, s) in itertools.product(range(3), enumerate(DIAL)):
+            if s:
+                found[d, i] = at([s*(d == k) for k in range(3)])
         own = torch.stack([found[d, :, d] for d in range(3)])
         rank = [float(spearmanr(DIAL, y).statistic) if len(set(y.tolist())) > 1 else 0. for y in own]
         lift = own[:, -1] - own[:, zero]
@@ -90,11 +98,11 @@ class Study:
                     lifts=[round(float(v), 3) for v in lift])
 
     def fixed(self):
-        "The best fixed weights: a look at all of a grid, and a second one at the best of them"
+        """The best fixed weights: a look at all of a grid, through which a quadratic is fitted, and a second
+        look at the best by that; and the best of the first look alone"""
         grid = list(itertools.product(GRID, repeat=3))
-        rows = self.known[:self.items[1]]
-        total = self.at_each(grid, rows, self.seed + 1)[:, :3].sum(1)
-        near = [grid[i] for i in total.topk(BEST).indices]
+        total = self.at_each(grid, self.known[:self.items[1]], self.seed + 1)[:, :3].sum(1)
+        near = [grid[i] for i in smooth(grid, total).topk(BEST).indices]
         again = self.at_each(near, self.known[:self.items[2]], self.seed + 2)[:, :3].sum(1)
         return near[0], near[int(again.argmax())]
 
@@ -111,7 +119,7 @@ class Study:
         return sum(f(row, answer) for f in self.field.rewards)
 
 def run(arm, rate, seed, split, steps):
-    study = Study(arm, rate, seed, split, steps)
+    study = Study(arm, rate, seed, split)
     found = study.dials()
     if arm == 'bias':
         return found
@@ -122,9 +130,9 @@ def run(arm, rate, seed, split, steps):
     totals = {n: float(m[:3].sum()) for n, m in means.items()}
     each = {f'{n}_rewards': [round(float(v), 3) for v in m] for n, m in means.items()}
     wins = sum(float(s > f) for s, f in zip(means['schedule'][:3], means['fixed'][:3]))
-    return found | each | dict(total=totals['schedule'], fixed_total=totals['fixed'], zero_total=totals['zero'],
-                               both=(totals['schedule'] + totals['fixed'])/2, wins=wins,
-                               fixed_gain=totals['fixed'] - totals['zero'], weights=list(best))
+    sums = {f'{n}_total': t for n, t in totals.items() if n != 'schedule'}
+    return found | each | sums | dict(total=totals['schedule'], wins=wins, weights=list(best),
+                                      fixed_gain=totals['fixed'] - totals['zero'])
 
 def derive(found):
     "The best fixed weights and the writer without steering, from the same run"

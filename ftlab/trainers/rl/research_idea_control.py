@@ -393,11 +393,11 @@ class _Pen:
 def learn_schedule(schedule:Schedule, model, tok,
                    rows:list[dict],     # with a prompt; used in turn
                    total:Callable,      # (row, answer) -> number to raise
-                   rounds:int=4,
-                   draws:int=256,       # texts in a round
-                   noise:float=1.,      # standard deviation of the strengths; falls to half of it
-                   best:float=.25,      # share of the texts that is learned from
-                   steps:int=60,        # of Adam in a round
+                   rounds:int=6,
+                   draws:int=160,       # texts in a round
+                   noise:float=2.,      # standard deviation of the strengths; falls to half of it
+                   best:float=.125,     # share of the texts that is learned from
+                   steps:int=20,        # of Adam in a round
                    lr:float=.01,
                    seed:int=0,          # of the draws and the noise
                    **how                # goes to `write`
