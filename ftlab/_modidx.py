@@ -7088,6 +7088,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'ftlab/trainers/rl/research_idea_control.py'),
                                                          'ftlab.trainers.rl.research_idea_control.before_head': ( 'trainers/rl/research_idea_control.html#before_head',
                                                                                                                   'ftlab/trainers/rl/research_idea_control.py'),
+                                                         'ftlab.trainers.rl.research_idea_control.constant': ( 'trainers/rl/research_idea_control.html#constant',
+                                                                                                               'ftlab/trainers/rl/research_idea_control.py'),
                                                          'ftlab.trainers.rl.research_idea_control.folded_head': ( 'trainers/rl/research_idea_control.html#folded_head',
                                                                                                                   'ftlab/trainers/rl/research_idea_control.py'),
                                                          'ftlab.trainers.rl.research_idea_control.graded': ( 'trainers/rl/research_idea_control.html#graded',

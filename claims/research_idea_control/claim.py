@@ -8,7 +8,7 @@ import ftlab
 from ftlab.core.data import Data
 from ftlab.core.model import evaluating
 from ftlab.methods import full, research_idea_control
-from ftlab.trainers.rl.research_idea_control import (Field, Schedule, before_head, folded_head,
+from ftlab.trainers.rl.research_idea_control import (Field, Schedule, constant, folded_head,
                                                      learn_schedule, steer_of, steered, write)
 
 ROWS, TUNED, RATE = 1920, 60, 3e-3       # one pass over the known ideas
@@ -33,11 +33,6 @@ def writer(seed):
 
 def data(rows):
     return Data(train=rows, validation=rows[:2], test=rows[:2], kind='text', name='ideas')
-
-def fixed_at(e):
-    "A pace that never changes: [dims] for all rows"
-    e = torch.as_tensor(e)
-    return lambda seen, memory: (e.expand(len(seen), -1), None)
 
 def each_row(e):
     "A pace that never changes, [rows, dims]: the memory keeps each row's strengths"
@@ -85,7 +80,7 @@ class Study:
         "Each reward over the strengths of its own matrix"
         rows = self.field.rows(self.items[0], self.split)
         zero, found = DIAL.index(0.), torch.zeros(3, len(DIAL), 4)
-        at = lambda e: self.scores(fixed_at(e), rows, self.seed).mean(0) # the same draws at every strength
+        at = lambda e: self.scores(constant(e), rows, self.seed).mean(0) # the same draws at every strength
         found[:, zero] = at((0., 0., 0.))
         for d, (i, s) in itertools.product(range(3), enumerate(DIAL)):
             if s:
@@ -125,7 +120,7 @@ def run(arm, rate, seed, split, steps):
         return found
     first, best = study.fixed()
     rows = study.field.rows(ITEMS[split][4], f'{split}/last')
-    paces = dict(schedule=study.schedule(first), fixed=fixed_at(best), zero=fixed_at((0., 0., 0.)))
+    paces = dict(schedule=study.schedule(first), fixed=constant(best), zero=constant((0., 0., 0.)))
     means = {n: study.scores(p, rows, seed + 3).mean(0) for n, p in paces.items()}
     totals = {n: float(m[:3].sum()) for n, m in means.items()}
     each = {f'{n}_rewards': [round(float(v), 3) for v in m] for n, m in means.items()}

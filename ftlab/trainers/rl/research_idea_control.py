@@ -24,9 +24,9 @@ from ..source import micro_size
 # %% auto #0
 __all__ = ['FORMS', 'LEADS', 'THINGS', 'COLORS', 'PEOPLE', 'NOVEL', 'Steer', 'before_head', 'steer_of', 'steered',
            'keep_strengths', 'folded_head', 'strengths_of', 'Graded', 'graded', 'graded_nll', 'research_idea_control',
-           'Schedule', 'Written', 'write', 'learn_schedule', 'Field']
+           'Schedule', 'Written', 'write', 'constant', 'learn_schedule', 'Field']
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #ea0a2b04
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #c9698013
 FORMS = ('matrix', 'vector')
 
 class Steer(nn.Module):
@@ -87,7 +87,7 @@ class Steer(nn.Module):
         down = torch.einsum('...i,dir->...dr', h, self.P)*e[..., None]
         return h + torch.einsum('...dr,drj->...j', down, self.Q)
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #261317a6
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #93111d8d
 def before_head(model, batches=None, seed=0) -> dict: # {name of a weight: True}
     """Select the layer whose output the head of a language model reads.
 
@@ -116,7 +116,7 @@ def before_head(model, batches=None, seed=0) -> dict: # {name of a weight: True}
                          'weight, where the steering matrices would stand')
     return {f'{found[0]}.weight': True}
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #26138900
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #8ac3aac6
 def steer_of(model) -> Steer:
     "Return the steering matrices on a model. Raises `ValueError` if it has none"
     found = [m for m in model.modules() if isinstance(m, Steer)]
@@ -142,7 +142,7 @@ def keep_strengths(model, strengths:Sequence[float] # [dims]
     "Set the strengths for good: they are used from now on, and saved with the change"
     steer_of(model).keep(strengths)
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #8ac3aac6
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #0aca8704
 @torch.no_grad()
 def folded_head(model, strengths:Sequence[float] # [dims]
                ) -> Tensor:                      # [words, width]
@@ -157,7 +157,7 @@ def folded_head(model, strengths:Sequence[float] # [dims]
     M = torch.einsum('d,dir,drj->ij', e, steer.P, steer.Q)
     return (W.to(M) + W.to(M) @ M.T).to(W.dtype)
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #dbaa5f30
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #48a65368
 def strengths_of(scores:Tensor # [rows, dims]
                 ) -> Tensor:   # [rows, dims], from -1 (the worst row) to 1 (the best)
     "Turn rewards into strengths, dimension by dimension. Raises `ValueError` for rewards that are all alike"
@@ -217,7 +217,7 @@ class graded_nll:
             logits = state.forward()
         return token_nll(logits, state.batch['labels']).sum()/state.count
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #48a65368
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #215acd45
 def _length(row, answer) -> float:
     return len(answer.split())
 
@@ -227,7 +227,9 @@ def _early(row, answer) -> float:
 @method('Learning to Generate Research Idea with Dynamic Control', '2412.14626',
     'Controllers of novelty, feasibility and effectiveness, whose weights a decoder sets for each sentence, give '
     'research ideas that balance the three better.',
-    'SOURCE',
+    'the abstract and the beginning of section 1 of version 2; LM-Steer (github Glaciohound/LM-Steer, commit 265982f, '
+    'lm_steer/models/steers.py lines 6 to 62, experiments/training) for the form of the controllers; the official '
+    'repository could not be had, and how the decoder learns is our reading',
     lr=1e-2, lrs=(3e-3, 1e-2, 3e-2), toy=dict(rewards=(_length, _early)), waives={
         'folds': 'the strengths are set when the text is written; folded_head gives the head for fixed ones'})
 def research_idea_control(
@@ -248,7 +250,7 @@ def research_idea_control(
     own = dict(source=graded(rewards, alone), objective=graded_nll()) if rewards else {}
     return Recipe(select=before_head, delta=With(Steer, at=at, rank=rank, form=form), **own)
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #1a3a7826
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #809a4456
 class Schedule(nn.Module):
     "A GRU cell that reads one sentence after another and gives the strengths for the next"
 
@@ -274,7 +276,7 @@ class Schedule(nn.Module):
         memory = self.cell(F.layer_norm(sentence, sentence.shape[-1:]), memory)
         return self.limit*torch.tanh(self.out(memory)), memory
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #809a4456
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #1f51980a
 @dataclass
 class Written:
     "Texts, and for each row and sentence what was read before it and the strengths that it was written with"
@@ -304,7 +306,14 @@ def write(model, tok, prompts:list[str], # one row each
                 break
     return pen.written()
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #1f51980a
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #4618d57d
+def constant(strengths:Sequence[float] # [dims]
+            ) -> Callable:             # what `write` takes as its pace
+    "Set the same strengths for every text and sentence"
+    e = torch.as_tensor(strengths, dtype=torch.float32)
+    return lambda seen, memory: (e.expand(len(seen), -1), None)
+
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #b498661f
 class _Pen:
     "The state of `write`: the rows so far, the cache, and each row's sentence"
 
@@ -389,7 +398,7 @@ class _Pen:
         begun = torch.arange(self.most, device=self.device) <= self.at[:, None]
         return Written(texts, self.read, self.e, begun)
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #b498661f
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #2ee85ca2
 def learn_schedule(schedule:Schedule, model, tok,
                    rows:list[dict],     # with a prompt; used in turn
                    total:Callable,      # (row, answer) -> number to raise
@@ -432,7 +441,7 @@ def _imitate(schedule, adam, got, chosen, steps):
         loss.backward()
         adam.step()
 
-# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #f92be452
+# %% ../../../nbs/trainers/rl/research_idea_control.ipynb #d2c98f84
 LEADS = 'first next now last'.split()
 THINGS = 'cup spoon bottle kettle candle basket hammer rope ladder shovel needle brush'.split()
 COLORS = 'red blue green yellow purple orange black white'.split()
