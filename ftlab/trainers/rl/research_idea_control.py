@@ -40,11 +40,12 @@ class Steer(nn.Module):
     def __init__(self,
                  W:Tensor,                  # a weight of the layer before the head, [width, ...]
                  mask=True,                 # the whole layer only
-                 at:Sequence[float]=(1.,),  # strength of each dimension where none is set
+                 at:Sequence[float]|str=(1.,), # strength of each dimension where none is set; saved as a text, '1.0,0.5'
                  rank:int=16,               # of each matrix, at most the width; not used by a vector
                  form:str='matrix'          # 'matrix' or 'vector'
                 ):
         super().__init__()
+        at = [float(e) for e in at.split(',')] if isinstance(at, str) else at
         width, dims = W.shape[0], len(at)
         if mask is not True:
             raise ValueError('the steering matrices act on whole states; they cannot use a mask of entries')
@@ -57,13 +58,14 @@ class Steer(nn.Module):
         else:
             self.P = nn.Parameter(torch.randn(dims, width, rank, dtype=W.dtype)/width**.5)
             self.Q = nn.Parameter(torch.zeros(dims, rank, width, dtype=W.dtype))
-        self.config = dict(at=[], rank=rank, form=form)
+        self.config = dict(at='', rank=rank, form=form)
         self.dims, self.now = dims, None
         self.keep(at)
 
     def keep(self, at:Sequence[float]) -> None: # one strength for each dimension
         "Use these strengths where none are set; they are saved with the change"
-        self.config['at'] = self.checked(torch.as_tensor(at, dtype=torch.float64)).tolist()
+        self.at = self.checked(torch.as_tensor(at, dtype=torch.float64)).tolist()
+        self.config['at'] = ','.join(map(str, self.at))
 
     def checked(self, e:Tensor) -> Tensor:
         "Return strengths, [dims] or [rows, dims]. Raises `ValueError` for others"
@@ -75,7 +77,7 @@ class Steer(nn.Module):
         return e
 
     def forward(self, h):
-        e = h.new_tensor(self.config['at']) if self.now is None else self.now.to(h)
+        e = h.new_tensor(self.at) if self.now is None else self.now.to(h)
         if not e.any():
             return h
         if e.ndim == 2 and len(e) != len(h):
@@ -262,7 +264,7 @@ class Schedule(nn.Module):
                 ):
         super().__init__()
         start = torch.as_tensor(start, dtype=torch.float32)
-        if not start.numel() or not limit > 0 or (start.abs() >= limit).any():
+        if not start.numel() or not (start.abs() < limit).all():
             raise ValueError(f'start is {start.tolist()} and limit {limit}; every strength must be nearer to 0 than '
                              'the limit')
         self.limit = limit
