@@ -142,7 +142,8 @@ def identities():
     base = model(batch).logits
     recipe = research_idea_control(at=(1., -1.))
     with torch.enable_grad():
-        ftlab.fit(model, tok, data(rows), recipe, steps=2, lr=1e-2, seed=0, batch_size=8, progress=False)
+        ftlab.fit(model, tok, data(rows), recipe, steps=2, lr=1e-2, seed=0, batch_size=8,
+                  progress=False)
     with evaluating(model):
         with steered(model, [0., 0.]):
             off = model(batch).logits

@@ -14,10 +14,9 @@ from ftlab.core.recipe import CannotCompose
 from ftlab.methods import grpo
 from ftlab.trainers.fit import fit
 from ftlab.trainers.rl import research_idea_control as page
-from ftlab.trainers.rl.research_idea_control import (Field, Graded, Schedule, Steer, Written, before_head,
-                                                     constant, folded_head, keep_strengths,
-                                                     learn_schedule, research_idea_control, steer_of,
-                                                     steered, strengths_of, write)
+from ftlab.trainers.rl.research_idea_control import (
+    Field, Graded, Schedule, Steer, Written, before_head, constant, folded_head, keep_strengths,
+    learn_schedule, research_idea_control, steer_of, steered, strengths_of, write)
 
 
 def size(row, answer):
@@ -92,8 +91,10 @@ def test_each_text_has_its_own_strengths(form):
         together = said(model, x)
     for i in range(3):
         with steered(model, e[i]):
-            torch.testing.assert_close(said(model, x[i:i + 1]), together[i:i + 1], atol=1e-5, rtol=1e-5)
-    with steered(model, e), pytest.raises(ValueError, match='strengths for 3 texts, and 2 are read'):
+            alone = said(model, x[i:i + 1])
+        torch.testing.assert_close(alone, together[i:i + 1], atol=1e-5, rtol=1e-5)
+    wrong = 'strengths for 3 texts, and 2 are read'
+    with steered(model, e), pytest.raises(ValueError, match=wrong):
         said(model, x[:2])
 
 def test_a_vector_shifts_every_logit_alike_and_a_matrix_does_not():
@@ -106,8 +107,9 @@ def test_a_vector_shifts_every_logit_alike_and_a_matrix_does_not():
     with pytest.raises(ValueError, match='cannot hold'):
         folded_head(attached(tiny('llama'), form='vector'), [1., 1.])
 
-@pytest.mark.parametrize('e, wrong', [([1.], 'one for each of the 2'), ([1., 2., 3.], 'one for each of the 2'),
-                                      ([1., float('nan')], 'finite'), ([[[1., 1.]]], 'one for each')])
+@pytest.mark.parametrize('e, wrong', [
+    ([1.], 'one for each of the 2'), ([1., 2., 3.], 'one for each of the 2'),
+    ([1., float('nan')], 'finite'), ([[[1., 1.]]], 'one for each')])
 def test_strengths_that_do_not_fit_are_refused(e, wrong):
     model = attached(tiny('llama'))
     with pytest.raises(ValueError, match=wrong), steered(model, e):
@@ -117,14 +119,15 @@ def test_strengths_that_do_not_fit_are_refused(e, wrong):
     with pytest.raises(ValueError, match='no steering matrices'), steered(tiny('llama'), [1.]):
         pass
 
-@pytest.mark.parametrize('family, head', [('bert', 'classifier'), ('llama', 'classifier'), ('t5', None), ('vit', None),
-                                          ('llama', 'none')])
+@pytest.mark.parametrize('family, head', [
+    ('bert', 'classifier'), ('llama', 'classifier'), ('t5', None), ('vit', None), ('llama', 'none')])
 def test_models_that_write_no_words_are_refused(family, head):
     with pytest.raises(ValueError, match='load a causal language model'):
         before_head(tiny(family, head))
 
-@pytest.mark.parametrize('wrong, more', [('rank is 0', dict(rank=0)), ('rank is 99', dict(rank=99)),
-                                         ('form is', dict(form='plane')), ('finite', dict(at=(float('inf'),)))])
+@pytest.mark.parametrize('wrong, more', [
+    ('rank is 0', dict(rank=0)), ('rank is 99', dict(rank=99)),
+    ('form is', dict(form='plane')), ('finite', dict(at=(float('inf'),)))])
 def test_what_cannot_be_built_is_refused(wrong, more):
     with pytest.raises(ValueError, match=wrong):
         Steer(torch.zeros(32), **more)
@@ -151,7 +154,8 @@ def test_kept_strengths_are_saved(family, tmp_path):
 # ---------- training
 
 def test_the_best_row_gets_1_and_the_worst_minus_1():
-    assert strengths_of(torch.tensor([[0., 2.], [5., 4.], [10., 3.]])).tolist() == [[-1., -1.], [0., 1.], [1., 0.]]
+    found = strengths_of(torch.tensor([[0., 2.], [5., 4.], [10., 3.]]))
+    assert found.tolist() == [[-1., -1.], [0., 1.], [1., 0.]]
     with pytest.raises(ValueError, match='reward 2 is 3 for all 2 rows'):
         strengths_of(torch.tensor([[0., 3.], [1., 3.]]))
     with pytest.raises(ValueError, match='NaN'):
@@ -159,8 +163,8 @@ def test_the_best_row_gets_1_and_the_worst_minus_1():
 
 def graded_batches(alone, accumulate=2, step=0):
     settings = dict(batch_size=8, accumulate=accumulate)
-    state = SimpleNamespace(data=lab_data(), tok=TOK, limit=None, settings=settings, step=step, seed=0,
-                            pad_id=TOK.pad_token_id)
+    state = SimpleNamespace(data=lab_data(), tok=TOK, limit=None, settings=settings, step=step,
+                            seed=0, pad_id=TOK.pad_token_id)
     return Graded(state, (size, early), alone).next(state)
 
 def test_a_row_teaches_one_matrix_or_all_of_them():
@@ -170,7 +174,8 @@ def test_a_row_teaches_one_matrix_or_all_of_them():
     assert len(texts) > 4 and all(p['strengths'].abs().max() <= 1 for p in parts)
     both = torch.cat([p['strengths'] for p in parts])
     for step in (0, 1):
-        one, other = (torch.cat([p['strengths'] for p in graded_batches(a, 1, step)]) for a in (True, False))
+        one, other = (torch.cat([p['strengths'] for p in graded_batches(alone, 1, step)])
+                      for alone in (True, False))
         assert ((one != 0).sum(1) <= 1).all()
         own = torch.arange(step, step + 8) % 2
         assert torch.equal(one[range(8), own], other[range(8), own])
@@ -205,7 +210,8 @@ def test_with_grpo_the_matrices_that_are_on_learn_its_reward():
     was = weights(base)
     start = {n: p.clone() for n, p in tune(research_idea_control(at=(1., 0.)), steps=1, lr=1e-9,
                                            weight_decay=0.).delta.attached.parameters().items()}
-    run = tune(research_idea_control(at=(1., 0.))*grpo(group=4, reward=size, beta=0.), base, weight_decay=0.)
+    recipe = research_idea_control(at=(1., 0.))*grpo(group=4, reward=size, beta=0.)
+    run = tune(recipe, base, weight_decay=0.)
     steer = steer_of(run.model)
     assert steer.Q[0].abs().sum() > 0 and not steer.Q[1].any() and same(weights(run.model), was)
     assert any((p != start[n]).any() for n, p in run.delta.attached.parameters().items())
@@ -302,11 +308,13 @@ def test_a_schedule_learns_what_the_best_texts_were_written_with(monkeypatch, se
             e.append(now)
         e = torch.stack(e, 1)
         score = -(e - wanted).square().sum((1, 2))
-        return Written([str(float(s)) for s in score], read, e, torch.ones(len(prompts), 2, dtype=torch.bool))
+        texts, all_begun = [str(float(s)) for s in score], torch.ones(len(prompts), 2) > 0
+        return Written(texts, read, e, all_begun)
     monkeypatch.setattr(page, 'write', fake)
     torch.manual_seed(seed)
     schedule = Schedule(8, (0., 0.))
-    means = learn_schedule(schedule, None, None, [dict(prompt='')], lambda row, answer: float(answer), seed=seed)
+    means = learn_schedule(schedule, None, None, [dict(prompt='')],
+                           lambda row, answer: float(answer), seed=seed)
     assert means[-1] > means[0] + 2
     found = fake(None, None, ['']*50, schedule).strengths.mean(0)
     assert (found - wanted).abs().max() < 1.2 < (wanted.abs().max())
@@ -324,10 +332,12 @@ def test_an_idea_is_scored_by_its_rules():
     usual = next(t for t in fits if t not in known.rare)
     rare = next(t for t in fits if t in known.rare)
     odd = lambda t: next(c for c in page.COLORS if c not in known.usual[t])
-    idea = lambda *pairs: ' '.join(f'{lead} the {t} is {c} .' for lead, (t, c) in zip(page.LEADS, pairs))
+    idea = lambda *pairs: ' '.join(f'{lead} the {t} is {c} .'
+                                   for lead, (t, c) in zip(page.LEADS, pairs))
     plain, new = (usual, known.usual[usual][0]), (rare, odd(rare))
     half = (usual, odd(usual))
-    assert (known.novelty(row, idea(*[plain]*4)), known.feasibility(row, idea(*[plain]*4))) == pytest.approx((0, 1))
+    assert known.novelty(row, idea(*[plain]*4)) == 0
+    assert known.feasibility(row, idea(*[plain]*4)) == pytest.approx(1)
     assert known.novelty(row, idea(*[new]*4)) == pytest.approx(1)
     assert known.feasibility(row, idea(*[new]*4)) == pytest.approx(.3)
     assert known.novelty(row, idea(half, plain, plain, half)) == pytest.approx(.25)

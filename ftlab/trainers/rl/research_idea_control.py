@@ -40,7 +40,7 @@ class Steer(nn.Module):
     def __init__(self,
                  W:Tensor,                  # a weight of the layer before the head, [width, ...]
                  mask=True,                 # the whole layer only
-                 at:Sequence[float]|str=(1.,), # strength of each dimension where none is set; saved as a text, '1.0,0.5'
+                 at:Sequence[float]|str=(1.,), # of each dimension, where none is set; or as a text, '1.0,0.5'
                  rank:int=16,               # of each matrix, at most the width; not used by a vector
                  form:str='matrix'          # 'matrix' or 'vector'
                 ):
@@ -100,7 +100,10 @@ def before_head(model, batches=None, seed=0) -> dict: # {name of a weight: True}
                          'there is nothing to steer; load a causal language model')
     read, made = [], {}
     def note(name):
-        return lambda module, args, out: made.update({name: out}) if isinstance(out, Tensor) else None
+        def keep(module, args, out):
+            if isinstance(out, Tensor):
+                made[name] = out
+        return keep
     hooks = [head.register_forward_pre_hook(lambda module, args: read.append(args[0]))]
     hooks += [m.register_forward_hook(note(n)) for n, m in model.named_modules()
               if m is not head and isinstance(getattr(m, 'weight', None), Tensor)]
@@ -111,12 +114,12 @@ def before_head(model, batches=None, seed=0) -> dict: # {name of a weight: True}
     finally:
         for h in hooks:
             h.remove()
-    whole = [x if x._base is None else x._base for x in read]
-    found = [n for n, out in made.items() if any(out is x for x in whole)]
-    if len(found) != 1:
-        raise ValueError(f'the head of {type(model).__name__} does not read the output of a single layer with a '
-                         'weight, where the steering matrices would stand')
-    return {f'{found[0]}.weight': True}
+    where = {x.untyped_storage().data_ptr() for x in read} # the head may read a slice of it
+    found = [n for n, out in made.items() if out.untyped_storage().data_ptr() in where]
+    if not found:
+        raise ValueError(f'the head of {type(model).__name__} does not read the output of a layer with a weight, '
+                         'where the steering matrices would stand')
+    return {f'{found[-1]}.weight': True}
 
 # %% ../../../nbs/trainers/rl/research_idea_control.ipynb #8ac3aac6
 def steer_of(model) -> Steer:
@@ -192,7 +195,8 @@ class Graded:
 
     def next(self, state) -> list[dict]:
         "Return the micro-batches of this step, with `strengths` [rows, dims]"
-        picked = [self.rows[i] for i in indices(state.step, self.batch_size, len(self.rows), state.seed)]
+        order = indices(state.step, self.batch_size, len(self.rows), state.seed)
+        picked = [self.rows[i] for i in order]
         e = torch.stack([e for _, e in picked])
         if self.alone: # each row teaches one matrix, which never sees the others at work
             own = torch.arange(state.step, state.step + len(e)) % e.shape[1]
