@@ -56,7 +56,8 @@ class Study:
         self.model, self.tok = ftlab.load('lab-s')
         self.model.load_state_dict(weights)
         recipe = research_idea_control(self.field.rewards, form=FORMS[arm])
-        ftlab.fit(self.model, self.tok, data(rows), recipe, steps=STEPS, lr=rate, seed=seed, progress=False)
+        ftlab.fit(self.model, self.tok, data(rows), recipe, steps=STEPS, lr=rate, seed=seed,
+                  progress=False)
         self.seed, self.split, self.items = seed, split, ITEMS[split]
         self.known = self.field.rows(400, 'schedule') # prompts on which weights and schedule are chosen
 
@@ -64,8 +65,9 @@ class Study:
         "The three rewards and whether it is an idea, of each text: [rows, 4]"
         got = write(self.model, self.tok, [r['prompt'] for r in rows], pace, max_new_tokens=LONGEST,
                     seed=seed)
-        return torch.tensor([[*(f(r, a) for f in self.field.rewards), float(bool(self.field.read(a)))]
-                             for r, a in zip(rows, got.texts)])
+        return torch.tensor([
+            [*(f(r, a) for f in self.field.rewards), float(bool(self.field.read(a)))]
+            for r, a in zip(rows, got.texts)])
 
     def at_each(self, strengths, rows, seed):
         "The means of `scores` over the same rows at several strengths, in one batch: [strengths, 4]"
@@ -86,7 +88,8 @@ class Study:
             if s:
                 found[d, i] = at([s*(d == k) for k in range(3)])
         own = torch.stack([found[d, :, d] for d in range(3)])
-        rank = [float(spearmanr(DIAL, y).statistic) if len(set(y.tolist())) > 1 else 0. for y in own]
+        rank = [float(spearmanr(DIAL, y).statistic) if len(set(y.tolist())) > 1 else 0.
+                for y in own]
         lift = own[:, -1] - own[:, zero]
         return dict(spearman=min(rank), lift=float(lift.mean()), valid=float(found[..., 3].min()),
                     curves=[[round(float(v), 3) for v in y] for y in own],
@@ -106,8 +109,8 @@ class Study:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             made = Schedule(self.model.config.hidden_size, start)
-        learn_schedule(made, self.model, self.tok, self.known, self.total, rounds=ROUNDS, draws=self.items[3],
-                       seed=self.seed, max_new_tokens=LONGEST)
+        learn_schedule(made, self.model, self.tok, self.known, self.total, rounds=ROUNDS,
+                       draws=self.items[3], seed=self.seed, max_new_tokens=LONGEST)
         return made
 
     def total(self, row, answer):
@@ -132,7 +135,7 @@ def run(arm, rate, seed, split, steps):
 def derive(found):
     "The best fixed weights and the writer without steering, from the same run"
     of = found.get('steer')
-    return dict(fixed=dict(total=of['fixed_total']), zero=dict(total=of['zero_total'])) if of else {}
+    return {n: dict(total=of[f'{n}_total']) for n in ('fixed', 'zero')} if of else {}
 
 @torch.no_grad()
 def identities():

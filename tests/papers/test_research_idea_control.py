@@ -120,7 +120,8 @@ def test_strengths_that_do_not_fit_are_refused(e, wrong):
         pass
 
 @pytest.mark.parametrize('family, head', [
-    ('bert', 'classifier'), ('llama', 'classifier'), ('t5', None), ('vit', None), ('llama', 'none')])
+    ('bert', 'classifier'), ('llama', 'classifier'), ('t5', None), ('vit', None),
+    ('llama', 'none')])
 def test_models_that_write_no_words_are_refused(family, head):
     with pytest.raises(ValueError, match='load a causal language model'):
         before_head(tiny(family, head))
