@@ -15,7 +15,7 @@ ROWS, TUNED, RATE = 1920, 60, 3e-3       # one pass over the known ideas
 DIAL = (-1., -.5, 0., .5, 1.)            # the range of the strengths in training
 GRID = (0., 1., 2., 3.)                  # of the fixed weights, in each dimension
 # texts by split: at each strength; at all fixed weights, then at the best; in a round of the schedule; at the end
-ITEMS = dict(validation=(60, 4, 48, 64, 60), test=(100, 12, 96, 128, 200))
+ITEMS = dict(validation=(40, 4, 24, 32, 60), test=(80, 12, 96, 128, 200))
 BEST, ROUNDS = 8, 6                      # the schedule gets as many texts as the second look at fixed weights
 STEPS = 60                               # of the matrices and vectors
 BATCH = 500                              # texts at once
