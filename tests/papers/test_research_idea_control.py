@@ -182,6 +182,16 @@ def test_a_row_teaches_one_matrix_or_all_of_them():
         assert torch.equal(one[range(8), own], other[range(8), own])
     assert torch.equal(both, torch.cat([p['strengths'] for p in graded_batches(False, 1)]))
 
+def test_rows_whose_strength_is_0_are_no_error():
+    "A middle grade in a micro-batch of one row; strengths that are all off"
+    sizes = sorted({size(r, r['response']) for r in lab_data().train})
+    middle = sizes[len(sizes)//2]
+    def grade(row, answer):
+        return float((size(row, answer) >= middle) + (size(row, answer) > middle))
+    tune(research_idea_control((grade,)), batch_size=4, accumulate=4, steps=6)
+    run = tune(research_idea_control(at=(0.,)))
+    assert not steer_of(run.model).Q.any()
+
 def test_other_data_and_constant_rewards_are_refused():
     state = SimpleNamespace(data=label_data(), settings=dict(batch_size=8, accumulate=1))
     with pytest.raises(ValueError, match='kind'):

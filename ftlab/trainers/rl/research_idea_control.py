@@ -78,7 +78,7 @@ class Steer(nn.Module):
 
     def forward(self, h):
         e = h.new_tensor(self.at) if self.now is None else self.now.to(h)
-        if not e.any():
+        if not e.any() and not torch.is_grad_enabled(): # in training, a row of strength 0 needs its gradient, too
             return h
         if e.ndim == 2 and len(e) != len(h):
             raise ValueError(f'there are strengths for {len(e)} texts, and {len(h)} are read')
