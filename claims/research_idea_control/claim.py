@@ -13,10 +13,11 @@ from ftlab.trainers.rl.research_idea_control import (Field, Schedule, constant, 
 
 ROWS, TUNED, RATE = 1920, 60, 3e-3       # one pass over the known ideas
 DIAL = (-1., -.5, 0., .5, 1.)            # the range of the strengths in training
+FAR = (2., 3.)                           # further than in training: a weak dial may be turned up
 GRID = (0., 1., 2., 3.)                  # of the fixed weights, in each dimension
-# texts by split: at each strength; at all fixed weights, then at the best; in a round of the schedule; at the end
-ITEMS = dict(validation=(40, 4, 24, 32, 60), test=(80, 12, 96, 128, 200))
-BEST, ROUNDS = 8, 6                      # the schedule gets as many texts as the second look at fixed weights
+# texts by split: at each strength; at all fixed weights, then at the best; in a round of learning; at the end
+ITEMS = dict(validation=(40, 4, 24, 32, 60), test=(60, 12, 96, 128, 200))
+BEST, ROUNDS = 4, 6                      # of the grid in the second look; of the schedule, and of learned fixed weights
 STEPS = 60                               # of the matrices and vectors
 BATCH = 500                              # texts at once
 LONGEST = 28                             # an idea has 24 tokens
@@ -48,6 +49,21 @@ def smooth(grid, total):
     features = torch.stack([torch.ones(len(x)), *x.T, *pairs], 1)
     return features @ torch.linalg.lstsq(features, total[:, None]).solution[:, 0]
 
+class Level(torch.nn.Module):
+    "Strengths that are the same in every sentence, for `learn_schedule`: what a schedule is without reading"
+    limit = 4. # as in `Schedule`
+
+    def __init__(self, start):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.atanh(torch.tensor(start)/self.limit))
+
+    def forward(self, seen, memory=None):
+        return self.strengths.expand(len(seen), -1), None
+
+    @property
+    def strengths(self):
+        return self.limit*torch.tanh(self.bias)
+
 class Study:
     "A steered writer and how its texts are scored"
 
@@ -59,6 +75,7 @@ class Study:
         ftlab.fit(self.model, self.tok, data(rows), recipe, steps=STEPS, lr=rate, seed=seed,
                   progress=False)
         self.seed, self.split, self.items = seed, split, ITEMS[split]
+        self.draw = 100*seed # no two looks, and no two seeds, share their random numbers
         self.known = self.field.rows(400, 'schedule') # prompts on which weights and schedule are chosen
 
     def scores(self, pace, rows, seed):
@@ -81,36 +98,45 @@ class Study:
     def dials(self):
         "Each reward over the strengths of its own matrix"
         rows = self.field.rows(self.items[0], self.split)
-        zero, found = DIAL.index(0.), torch.zeros(3, len(DIAL), 4)
-        at = lambda e: self.scores(constant(e), rows, self.seed).mean(0) # the same draws at every strength
+        zero, one, strengths = DIAL.index(0.), DIAL.index(1.), DIAL + FAR
+        found = torch.zeros(3, len(strengths), 4)
+        at = lambda e: self.scores(constant(e), rows, self.draw).mean(0) # the same draws at every strength
         found[:, zero] = at((0., 0., 0.))
-        for d, (i, s) in itertools.product(range(3), enumerate(DIAL)):
+        for d, (i, s) in itertools.product(range(3), enumerate(strengths)):
             if s:
                 found[d, i] = at([s*(d == k) for k in range(3)])
         own = torch.stack([found[d, :, d] for d in range(3)])
         rank = [float(spearmanr(DIAL, y).statistic) if len(set(y.tolist())) > 1 else 0.
-                for y in own]
-        lift = own[:, -1] - own[:, zero]
-        return dict(spearman=min(rank), lift=float(lift.mean()), valid=float(found[..., 3].min()),
-                    curves=[[round(float(v), 3) for v in y] for y in own],
-                    lifts=[round(float(v), 3) for v in lift])
+                for y in own[:, :len(DIAL)]]
+        lift, reach = own[:, one] - own[:, zero], own[:, one:].max(1).values - own[:, zero]
+        told = lambda x: [round(float(v), 3) for v in x]
+        return dict(spearman=min(rank), lift=float(lift.mean()), reach=float(reach.mean()),
+                    least_reach=float(reach.min()), valid=float(found[:, :len(DIAL), 3].min()),
+                    curves=[told(y) for y in own], lifts=told(lift), reaches=told(reach))
 
-    def fixed(self):
-        """The best fixed weights: a look at all of a grid, through which a quadratic is fitted, and a second
-        look at the best by that; and the best of the first look alone"""
+    def first_look(self):
+        "The best weights of a grid, best first, by a quadratic fitted to few texts of each"
         grid = list(itertools.product(GRID, repeat=3))
-        total = self.at_each(grid, self.known[:self.items[1]], self.seed + 1)[:, :3].sum(1)
-        near = [grid[i] for i in smooth(grid, total).topk(BEST).indices]
-        again = self.at_each(near, self.known[:self.items[2]], self.seed + 2)[:, :3].sum(1)
-        return near[0], near[int(again.argmax())]
+        total = self.at_each(grid, self.known[:self.items[1]], self.draw + 10)[:, :3].sum(1)
+        return [grid[i] for i in smooth(grid, total).topk(BEST).indices]
+
+    def fixed(self, near):
+        "The best fixed weights by a second look: those of the first one, and learned ones"
+        tried = [*near, tuple(self.learned(Level(near[0])).strengths.tolist())]
+        again = self.at_each(tried, self.known[:self.items[2]], self.draw + 20)[:, :3].sum(1)
+        return tried[int(again.argmax())], tried[-1]
 
     def schedule(self, start):
         "A schedule that begins at the weights which the first look found best"
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             made = Schedule(self.model.config.hidden_size, start)
+        return self.learned(made)
+
+    def learned(self, made):
+        "A schedule or a level after learning from its own texts; both from the same number"
         learn_schedule(made, self.model, self.tok, self.known, self.total, rounds=ROUNDS,
-                       draws=self.items[3], seed=self.seed, max_new_tokens=LONGEST)
+                       draws=self.items[3], seed=self.draw + 40, max_new_tokens=LONGEST)
         return made
 
     def total(self, row, answer):
@@ -121,16 +147,17 @@ def run(arm, rate, seed, split, steps):
     found = study.dials()
     if arm == 'bias':
         return found
-    first, best = study.fixed()
+    near = study.first_look()
+    best, level = study.fixed(near)
     rows = study.field.rows(ITEMS[split][4], f'{split}/last')
-    paces = dict(schedule=study.schedule(first), fixed=constant(best), zero=constant((0., 0., 0.)))
-    means = {n: study.scores(p, rows, seed + 3).mean(0) for n, p in paces.items()}
+    paces = dict(schedule=study.schedule(near[0]), fixed=constant(best), zero=constant((0., 0., 0.)))
+    means = {n: study.scores(p, rows, study.draw + 90).mean(0) for n, p in paces.items()}
     totals = {n: float(m[:3].sum()) for n, m in means.items()}
     each = {f'{n}_rewards': [round(float(v), 3) for v in m] for n, m in means.items()}
     wins = sum(float(s > f) for s, f in zip(means['schedule'][:3], means['fixed'][:3]))
     sums = {f'{n}_total': t for n, t in totals.items() if n != 'schedule'}
     return found | each | sums | dict(total=totals['schedule'], wins=wins, weights=list(best),
-                                      fixed_gain=totals['fixed'] - totals['zero'])
+                                      level=list(level), fixed_gain=totals['fixed'] - totals['zero'])
 
 def derive(found):
     "The best fixed weights and the writer without steering, from the same run"
