@@ -625,7 +625,8 @@ def test_the_chapter_on_forms_says_what_the_claim_found():
 def test_the_chapter_on_chains_says_what_the_claim_found():
     claim = next(c for c in ftlab.papers.claims() if c.key == 'cot_faithfulness')
     result = json.loads(claim.result.read_text())
-    of, tuned = {c['metric']: c for c in result['contrasts']}, 'answers@0.01'
+    of = {c['metric']: c for c in result['contrasts'] if c['primary']}
+    tuned = 'answers@0.01'
     cells_of = lambda arm, metric: [c[arm][metric] for c in result['cells'].values()]
     assert (result['verdict'], result['reason']) == ('unclear', 'a control failed')
     assert max(cells_of(tuned, 'written')) < .18 and min(cells_of('base', 'written')) > .99
