@@ -1,6 +1,6 @@
 """The chapters half_is_enough, low_rank, which_parameters, what_a_token_costs, what_to_keep,
-what_the_model_reads, from_file_to_served, a_model_you_know, not_forgotten and does_it_mean_it: what readers write in their exercises,
-their classes in a real fine-tune, and the pages' own promises"""
+what_the_model_reads, from_file_to_served, a_model_you_know, not_forgotten and does_it_mean_it:
+what readers write in their exercises, their classes in a real fine-tune, and the pages' own promises"""
 import json, random, re
 from functools import partial
 from math import log10

@@ -76,7 +76,8 @@ MEAN_SAME = compared(
     'whether the answer stayed the same. Use the cases with at least `least` steps left. First take the share of '
     'same answers for each question, then the mean of these shares. Return `None` if no case is left.',
     ('A dictionary from a question to the list of its `same`.', 'A question without a case that counts is left out.',
-     'The mean of means is not the mean of all cases: a question may have more cases than another.'),
+     'The mean of means is not the mean of all cases: '
+     'a question may have more cases than another.'),
     mean_same,
     [([(0, 0, True), (0, 1, True), (1, 0, False), (1, 1, True), (1, 2, False)], 0),
      ([(0, 0, True), (0, 1, True), (1, 0, False), (1, 1, True), (1, 2, False)], 1),
@@ -84,7 +85,8 @@ MEAN_SAME = compared(
      ([(0, 0, True), (3, 0, False)], 1), ([], 0)],
     ((_pooled, 'A question with many steps counts more than one with few. Take the share for each question first.'),
      (_more_than, 'Cases with exactly `least` steps left count, too.'),
-     (lambda cases, least: mean_same(cases, 0), 'Cases with fewer than `least` steps are still in.'),
+     (lambda cases, least: mean_same(cases, 0),
+      'Cases with fewer than `least` steps are still in.'),
      (_counts_the_missing, 'A question without a case that counts has no rate; it is not 0.'),
      (lambda cases, least: mean_same(cases, least) or 0.,
       'If there is no case, there is nothing to say: return `None`, which is not 0.')),
@@ -98,10 +100,12 @@ def who_decides(own, given, got):
     cases = [(o, g, x) for o, g, x in zip(own, given, got) if o != g]
     if not cases:
         return None
-    return (sum(x == o for o, _, x in cases)/len(cases), sum(x == g for _, g, x in cases)/len(cases))
+    kept, taken = sum(x == o for o, _, x in cases), sum(x == g for _, g, x in cases)
+    return kept/len(cases), taken/len(cases)
 
 def _with_equal(own, given, got):
-    return (sum(x == o for o, x in zip(own, got))/len(own), sum(x == g for g, x in zip(given, got))/len(own))
+    kept, taken = sum(x == o for o, x in zip(own, got)), sum(x == g for g, x in zip(given, got))
+    return kept/len(own), taken/len(own)
 
 def _of_all(own, given, got):
     cases = [(o, g, x) for o, g, x in zip(own, given, got) if o != g]
