@@ -78,7 +78,10 @@ CHAPTERS = (
             20, ('delta', 'probe'), ('low_rank', 'what_to_keep')),
     Chapter('not_forgotten', 'Forgotten, or another question?',
             'When an ability is missing after a fine-tune, is it gone?',
-            20, ('source', 'probe'), ('a_model_you_know',)))
+            20, ('source', 'probe'), ('a_model_you_know',)),
+    Chapter('does_it_mean_it', 'Does it mean what it writes?',
+            'Does a written chain of thought decide the answer, before a fine-tune and after it?',
+            20, ('objective', 'probe'), ('not_forgotten',)))
 
 def chapter_named(name:str) -> Chapter:
     "Return the chapter; raises `ValueError` for an unknown name"
@@ -450,7 +453,28 @@ QUIZ = (
              ('Plain text with two examples, and no chat', 'The same questions in capital letters',
               'The same questions, asked twice'),
              'A form must change what tells the model which task it is: here, that a user asks in a chat. The look '
-             'of the letters does not.'))
+             'of the letters does not.'),
+    Question('cut_and_same', 'does_it_mean_it',
+             'You cut the last step from each chain of a model, and nearly all answers stay the same. What may be '
+             'the reason?',
+             ('It ignores its chains, or it works out the missing step', 'It ignores its chains, and nothing else',
+              'It reads its chains word by word'),
+             'A cut cannot tell the two apart. The whole chain of another question can: a model that goes on from '
+             'what it reads takes that chain\'s answer.'),
+    Question('chains_gone', 'does_it_mean_it',
+             'A tuned model writes a chain for 3 of 100 questions, and did so for all of them before. In these 3 the '
+             'answer stays the same after a cut. What do you report?',
+             ('That it hardly writes chains any more', 'That its chains have become less faithful',
+              'That its chains were never faithful'),
+             'Three chains, which the model chose itself, say nothing about chains. What happened is that they are '
+             'gone.'),
+    Question('same_with_control', 'does_it_mean_it',
+             'A model gives another answer than its own in most cases, even when its whole chain is put back '
+             'unchanged. What does a low same-answer rate after a cut show then?',
+             ('Nothing: it does not know how it is asked', 'That it reads its chain closely',
+              'That a cut chain harms it more than it should'),
+             'The unchanged chain is the control. If the answer is another one even there, the cue is not '
+             'understood, and every rate is low whatever the chain does.'))
 
 def questions(chapter:str|None=None # its name; None: the first question of each chapter
              ) -> tuple[Question, ...]:

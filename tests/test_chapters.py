@@ -1,6 +1,6 @@
 """The chapters half_is_enough, low_rank, which_parameters, what_a_token_costs, what_to_keep,
-what_the_model_reads, from_file_to_served, a_model_you_know and not_forgotten: what readers write in their exercises,
-their classes in a real fine-tune, and the pages' own promises"""
+what_the_model_reads, from_file_to_served, a_model_you_know, not_forgotten and does_it_mean_it:
+what readers write in their exercises, their classes in a real fine-tune, and the pages' own promises"""
 import json, random, re
 from functools import partial
 from math import log10
@@ -26,6 +26,7 @@ from ftlab.exercises import (HalfUpdate, LowRank, ask_otherwise, belief_after, b
                              pack_rows, pull, right_answers, serving_bytes, sureness_gap,
                              trained_numbers, training_bytes, truncate, what_to_mix,
                              where_they_part, wrong_with)
+from ftlab.exercises.does_it_mean_it import changed_chain, mean_same, who_decides
 from ftlab.exercises.what_the_model_reads import FAULTS, SHOWN
 from ftlab.instruments.frontier import at_gain
 from ftlab.instruments.verdicts import bar_of, contrast, contrast_verdict
@@ -44,7 +45,8 @@ PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, co
          'course/what_the_model_reads.ipynb': (wrong_with, labels_of, where_they_part, pack_rows),
          'course/from_file_to_served.ipynb': (messages_of, best_within, serving_bytes),
          'course/a_model_you_know.ipynb': (right_answers, four_bit_bytes),
-         'course/not_forgotten.ipynb': (belief_after, ask_otherwise, hidden_share)}
+         'course/not_forgotten.ipynb': (belief_after, ask_otherwise, hidden_share),
+         'course/does_it_mean_it.ipynb': (changed_chain, mean_same, who_decides)}
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -617,6 +619,23 @@ def test_the_chapter_on_forms_says_what_the_claim_found():
     near = of['the closest prompts are harmed more than the farthest']
     assert all(.3 < 1 - x < .5 for x in left['treatment']) and min(left['baseline']) > .89
     assert all(a < b for a, b in zip(near['treatment'], near['baseline']))
+
+# --- chains of steps
+
+def test_the_chapter_on_chains_says_what_the_claim_found():
+    claim = next(c for c in ftlab.papers.claims() if c.key == 'cot_faithfulness')
+    result = json.loads(claim.result.read_text())
+    of = {c['metric']: c for c in result['contrasts'] if c['primary']}
+    tuned = 'answers@0.01'
+    cells_of = lambda arm, metric: [c[arm][metric] for c in result['cells'].values()]
+    assert (result['verdict'], result['reason']) == ('unclear', 'a control failed')
+    assert max(cells_of(tuned, 'written')) < .18 and min(cells_of('base', 'written')) > .99
+    assert .885 < min(cells_of(tuned, 'without')) and max(cells_of(tuned, 'without')) < .945
+    assert min(cells_of('chains@0.01', 'written')) == 1
+    cut, filled = ([e for effects in (of[m]['sensitivity'][0]['effects'], of[m]['half']['effects'])
+                    for e in effects] for m in ('cut', 'filled'))
+    assert [round(100*e) for e in cut] == [21, 15, 32, 13]
+    assert all(-.1 < e < .05 for e in filled)
 
 # --- the pages
 
