@@ -2,52 +2,45 @@
 among 16 solutions to a question an answer is chosen by a vote, or by what it says of them"""
 import copy
 import random
-import zlib
 from functools import lru_cache, partial
 import torch
 import ftlab
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import answers, row_nlls
+from ftlab.core.text import split_of
 from ftlab.lab.world import PEOPLE, THINGS, digits
 from ftlab.trainers.curation.palm2_recipe import (LAB, clusters, contrasted, contrasts, evaluator_scores,
                                                   final_answer, judging, outcomes, sample_solutions,
                                                   verdict_words)
 
 MORE, LESS = ('finds', 'takes'), ('sells', 'breaks')
-ROWS, WRITING, JUDGING, AGAIN = 2000, 45, 40, 24 # training rows; steps of each stage
-RATE, BATCH = 1e-3, 16 # of the writing stages; the judging has 8 pairs, of 16 solutions
-DRAWN_FOR, DRAWS = 150, 8 # training questions that the evaluator learns from, and solutions to each
-N, TOP, LONGEST = 16, 4, 26 # solutions of a question, groups that are reranked, tokens of a solution
-ASKED = dict(validation=60, test=120)
-GREEDY = 300 # questions for a single, greedy answer
+ROWS, WRITING, JUDGING, AGAIN = 2000, 70, 60, 16 # training rows; steps of each stage
+RATE, BATCH = 2e-3, 16 # of the writing stages; the judging has 8 pairs, of 16 solutions
+DRAWN_FOR, DRAWS = 500, 2 # training questions that the evaluator learns from, and solutions to each
+N, TOP, LONGEST = 16, 4, 22 # solutions of a question, groups that are reranked, tokens of a solution
+ASKED = dict(validation=50, test=100)
+GREEDY = 200 # questions for a single, greedy answer
 
 answer = partial(final_answer, marks=('=',))
 
-def split_name(numbers) -> str:
-    "The numbers of a problem belong to one split, whoever has what"
-    where = zlib.crc32(' '.join(map(str, numbers)).encode()) % 5
-    return ('test', 'validation', 'train', 'train', 'train')[where]
-
-def problem(r) -> tuple[dict, tuple]:
-    "A number of things and three changes, as a row; and its numbers"
+def problem(r) -> dict:
+    "A number of things and three changes, as a row"
     total = r.randrange(5, 25)
-    said, steps, numbers = [digits(total, 2)], [], [total]
+    said, steps = [digits(total, 2)], []
     for _ in range(3):
-        way = r.choice((1, -1)) if total > 9 else 1
-        by = r.randrange(1, 10)
-        numbers.append(way*by)
-        said.append(f'{r.choice(MORE if way > 0 else LESS)} {by}')
-        steps.append(f'{"+" if way > 0 else "-"} {by} = {digits(total + way*by, 2)}')
+        way, by = r.choice((1, -1)) if total > 9 else 1, r.randrange(1, 10)
         total += way*by
+        said.append(f'{r.choice(MORE if way > 0 else LESS)} {by}')
+        steps.append(f'{"+" if way > 0 else "-"} {by} = {digits(total, 2)}')
     who, what = r.choice(PEOPLE), r.choice(THINGS)
     text = f'{who} has {said[0]} {what} , ' + ' , '.join(said[1:]) + f' : how many {what} ?'
-    return dict(prompt=text, response=said[0] + ' ' + ' ; '.join(steps)), tuple(numbers)
+    return dict(prompt=text, response=said[0] + ' ' + ' ; '.join(steps))
 
 def problems(n, split, seed) -> list[dict]:
     r, out = random.Random(f'{seed} {split}'), {}
     while len(out) < n:
-        row, numbers = problem(r)
-        if split_name(numbers) == split:
+        row = problem(r)
+        if split_of(row['prompt']) == split:
             out.setdefault(row['prompt'], row)
     return list(out.values())
 
@@ -108,54 +101,66 @@ def chosen(found, name) -> dict:
     return dict(mean, score=mean[name], gain=mean[name], questions=len(found[name]),
                 items=dict(score=found[name], gain=found[name]))
 
-def greedy(model, tok, split, seed) -> dict:
-    "The share of questions that one greedy answer solves"
+def again(model, split, seed, steps) -> dict:
+    "Tune a copy on to write, and return the share of questions that its greedy answer solves"
+    model, tok = copy.deepcopy(model), generator(seed)[1]
+    if steps:
+        written(model, tok, seed, steps, order=1)
     rows = problems(GREEDY, split, seed + 2)
     right = [float(answer(s) == answer(r['response']))
              for s, r in zip(answers(model, tok, rows, LONGEST), rows)]
     return dict(solved=sum(right)/GREEDY, gain=sum(right)/GREEDY, items=dict(solved=right))
 
 def run(arm, rate, seed, split, steps):
-    if arm in ('first', 'generation', 'sequence'):
-        model, tok = generator(seed)
-        if arm != 'first':
-            model = copy.deepcopy(model if arm == 'generation' else evaluator(seed, RATE))
-            written(model, tok, seed, AGAIN, order=1)
-        return greedy(model, tok, split, seed)
+    if arm in ('first', 'generation'):
+        return again(generator(seed)[0], split, seed, AGAIN if arm == 'generation' else 0)
     problem, gold = asked(split, seed)
     said = drawn(seed, split, 1. if arm == 'reranked' else rate)
     if arm == 'majority':
-        return chosen(outcomes(said, gold, None, TOP, answer), 'maj')
+        found = chosen(outcomes(said, gold, None, TOP, answer), 'maj')
+        return found | dict(mixed=found['score'])
     if arm == 'likeliest':
         scores = each_once(problem, said, partial(likelihoods, seed))
         return chosen(outcomes(said, gold, scores, TOP, answer), 'rerank all')
     judge, tok = evaluator(seed, rate), generator(seed)[1]
     scores = each_once(problem, said, lambda c: evaluator_scores(judge, tok, c, LAB).tolist())
-    return chosen(outcomes(said, gold, scores, TOP, answer), 'rerank')
+    found = chosen(outcomes(said, gold, scores, TOP, answer), 'rerank')
+    return found | dict(mixed=found['weighted'], told=told(said, gold, scores),
+                        solved=again(judge, split, seed, AGAIN)['solved'])
+
+def told(solutions, golds, scores) -> float:
+    "How often a right solution has a higher score than a wrong one to the same question; a tie counts half"
+    pairs = [(a, b) for said, gold, s in zip(solutions, golds, scores)
+             for x, a in zip(said, s) if answer(x) == answer(gold)
+             for y, b in zip(said, s) if answer(y) != answer(gold)]
+    return sum(.5 + .5*((a > b) - (a < b)) for a, b in pairs)/max(len(pairs), 1)
 
 WAYS = {'weighted': 'weighted', 'all': 'rerank all', 'same draws': 'maj', 'one draw': 'pass@1'}
 
 def derive(found) -> dict:
-    "Other ways of choosing among the solutions that were reranked"
+    "Other ways of choosing among the solutions that were reranked, and what the evaluator writes later"
     of = found.get('reranked')
-    return {} if of is None else {name: dict(of, score=of[key]) for name, key in WAYS.items()}
+    if of is None:
+        return {}
+    return {name: dict(of, score=of[key], mixed=of[key]) for name, key in WAYS.items()} | {
+        'sequence': dict(solved=of['solved'], gain=of['solved'])}
 
 def identities() -> dict[str, bool]:
-    splits = {s: {problem_numbers(r) for r in problems(300, s, 0)} for s in ('train', 'validation', 'test')}
+    splits = {s: {r['prompt'] for r in problems(300, s, 0)} for s in ('train', 'validation', 'test')}
     said = [[r['response']]*N for r in problems(20, 'test', 0)]
     gold = [r['response'] for r in problems(20, 'test', 0)]
     perfect = outcomes(said, gold, [[1.]*N]*20, TOP, answer)
     return {'no problem is in two splits': not any(splits[a] & splits[b] for a in splits for b in splits
                                                    if a < b),
-            'the answer follows from the steps': all(
-                int(answer(r['response']).replace(' ', '')) == sum(problem_numbers(r))
+            'the answer follows from the numbers': all(
+                int(answer(r['response']).replace(' ', '')) == sum(numbers(r))
                 for r in problems(300, 'test', 1)),
             'where all solutions are right, every way of choosing is':
                 all(min(v) == 1 for v in perfect.values()),
             'a question with one answer has one group': len(clusters([answer(said[0][0])]*N)) == 1}
 
-def problem_numbers(row) -> tuple:
+def numbers(row) -> tuple:
     "The numbers of a problem, with their signs, as its text has them"
     first, *changes = row['prompt'].partition(' :')[0].split(' , ')
-    start = int(''.join(w for w in first.split() if w.isdigit()))
-    return (start, *(int(w[-1])*(1 if w.split()[0] in MORE else -1) for w in changes))
+    signed = [int(by)*(1 if verb in MORE else -1) for verb, by in map(str.split, changes)]
+    return int(''.join(w for w in first.split() if w.isdigit())), *signed
