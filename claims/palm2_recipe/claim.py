@@ -14,8 +14,8 @@ from ftlab.trainers.curation.palm2_recipe import (LAB, clusters, contrasted, con
                                                   verdict_words)
 
 MORE, LESS = ('finds', 'takes'), ('sells', 'breaks')
-ROWS, WRITING, JUDGING, AGAIN = 2000, 70, 60, 16 # training rows; steps of each stage
-RATE, BATCH = 2e-3, 16 # of the writing stages; the judging has 8 pairs, of 16 solutions
+ROWS, WRITING, JUDGING, AGAIN = 2000, 80, 50, 32 # training rows; steps of each stage
+RATE, BATCH = 1e-3, 16 # of the writing stages; the judging has 8 pairs, of 16 solutions
 DRAWN_FOR, DRAWS = 500, 2 # training questions that the evaluator learns from, and solutions to each
 N, TOP, LONGEST = 16, 4, 22 # solutions of a question, groups that are reranked, tokens of a solution
 ASKED = dict(validation=50, test=100)
