@@ -77,7 +77,7 @@ def test_the_score_is_the_share_of_the_right_word():
     for (p, s), score in zip(cases, evaluator_scores(model, TOK, cases, batch_size=2)):
         row = encode(LAB.row(p, s), TOK, 'text')
         at = next(i for i, l in enumerate(row['labels']) if l != IGNORE)
-        logits = model(torch.tensor([row['input_ids'][:at]])).logits[0, -1]
+        logits = model(torch.tensor([row['input_ids'][:at]])).logits[0, -1].detach()
         assert float(score) == pytest.approx(float(logits[list(words)].softmax(-1)[0]), abs=1e-5)
     train = toy().train()
     evaluator_scores(train, TOK, cases)
@@ -194,7 +194,8 @@ def test_what_it_refuses():
         with pytest.raises(ValueError, match='must be 0 to n'):
             pass_at_k(n, right, k)
     groups = clusters('abca')
-    for scores, how, said in (([1., 2.], {}, 'one score for each'), ([math.nan]*4, {}, 'NaN'), (None, dict(top=0), 'from 1'),
+    for scores, how, said in (([1., 2.], {}, 'one score for each'), ([math.nan]*4, {}, 'NaN'),
+                              (None, dict(top=0), 'from 1'),
                               ([-1.]*4, dict(weighted=True), 'negative where scores are added')):
         with pytest.raises(ValueError, match=said):
             rerank(groups, scores, **how)
