@@ -9,9 +9,9 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import answers, row_nlls
 from ftlab.core.text import split_of
 from ftlab.lab.world import PEOPLE, THINGS, digits
-from ftlab.trainers.curation.palm2_recipe import (LAB, clusters, contrasted, contrasts, evaluator_scores,
-                                                  final_answer, judging, outcomes, sample_solutions,
-                                                  verdict_words)
+from ftlab.trainers.curation.palm2_recipe import (LAB, clusters, contrasted, contrasts,
+                                                  evaluator_scores, final_answer, judging,
+                                                  outcomes, sample_solutions, verdict_words)
 
 MORE, LESS = ('finds', 'takes'), ('sells', 'breaks')
 ROWS, WRITING, JUDGING, AGAIN = 2000, 80, 50, 32 # training rows; steps of each stage
@@ -82,7 +82,8 @@ def evaluator(seed, rate, loss='margin'):
 
 @lru_cache(8)
 def drawn(seed, split, temperature) -> list[list[str]]:
-    return sample_solutions(*generator(seed), asked(split, seed)[0], N, temperature, LONGEST, seed + 1)
+    problem, _ = asked(split, seed)
+    return sample_solutions(*generator(seed), problem, N, temperature, LONGEST, seed + 1)
 
 def each_once(problem, solutions, score) -> list[list[float]]:
     "Score every different solution to a question once"
@@ -146,12 +147,13 @@ def derive(found) -> dict:
         'sequence': dict(solved=of['solved'], gain=of['solved'])}
 
 def identities() -> dict[str, bool]:
-    splits = {s: {r['prompt'] for r in problems(300, s, 0)} for s in ('train', 'validation', 'test')}
+    splits = {s: {r['prompt'] for r in problems(300, s, 0)}
+              for s in ('train', 'validation', 'test')}
     said = [[r['response']]*N for r in problems(20, 'test', 0)]
     gold = [r['response'] for r in problems(20, 'test', 0)]
     perfect = outcomes(said, gold, [[1.]*N]*20, TOP, answer)
-    return {'no problem is in two splits': not any(splits[a] & splits[b] for a in splits for b in splits
-                                                   if a < b),
+    return {'no problem is in two splits': not any(splits[a] & splits[b] for a in splits
+                                                   for b in splits if a < b),
             'the answer follows from the numbers': all(
                 int(answer(r['response']).replace(' ', '')) == sum(numbers(r))
                 for r in problems(300, 'test', 1)),

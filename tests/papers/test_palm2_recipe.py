@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from ftlab.core.data import Data
 from ftlab.core.tokens import IGNORE, encode
 from ftlab.core.recipe import Recipe
-from ftlab.trainers.curation.palm2_recipe import (ENGLISH, LAB, Asking, clusters, contrasted, contrasts,
-                                                  encode_cases, evaluator_scores, evaluator_stage, final_answer,
-                                                  judging, log_odds, outcomes, pair_losses, palm2_recipe,
-                                                  pass_at_k, rerank, sample_solutions, verdict_words)
+from ftlab.trainers.curation.palm2_recipe import (ENGLISH, LAB, Asking, clusters, contrasted,
+                                                  contrasts, encode_cases, evaluator_scores,
+                                                  evaluator_stage, final_answer, judging, log_odds,
+                                                  outcomes, pair_losses, palm2_recipe, pass_at_k,
+                                                  rerank, sample_solutions, verdict_words)
 from ftlab.trainers.fit import fit
 from tests.toys import TOK, lab_data, label_data, same, toy, weights
 
@@ -45,17 +46,21 @@ def test_reranking_is_what_a_search_over_all_groups_finds():
             value = sum if weighted else max
             wanted = max(groups[:top], key=lambda g: value(scores[i] for i in g))
             assert rerank(groups, scores, top, weighted)[0] == wanted
-        assert rerank(groups)[0] == rerank(groups, [.5]*12)[0] == rerank(groups, [.5]*12, 1)[0] == groups[0]
+        assert rerank(groups) == rerank(groups, [.5]*12) == groups
+        assert rerank(groups, scores, 1) == groups[:1]
 
 
 def test_every_way_of_handing_in_an_answer():
-    said = [['x ; 7', 'x ; 7', 'y ; 5', 'z ; 9', 'x ; 7'], ['x ; 1', 'x ; 2', 'x ; 2', ' ', 'x ; 3']]
+    said = [['x ; 7', 'x ; 7', 'y ; 5', 'z ; 9', 'x ; 7'],
+            ['x ; 1', 'x ; 2', 'x ; 2', ' ', 'x ; 3']]
     found = outcomes(said, ['g ; 9', 'g ; 2'], [[.1, .2, .3, .9, .1], [.8, .1, .1, 1., .2]], top=2)
     assert found == {'pass@1': [.2, .4], 'pass@N': [1, 1], 'maj': [0, 1], 'maj top': [0, 1],
-                     'rerank': [0, 0], 'rerank all': [1, 0], 'weighted': [0, 0], 'weighted all': [1, 0]}
+                     'rerank': [0, 0], 'rerank all': [1, 0],
+                     'weighted': [0, 0], 'weighted all': [1, 0]}
     nothing = outcomes([['', ';']], ['1'], [[1., 1.]])
     assert not any(v[0] for v in nothing.values())
-    assert final_answer('a ; b #### 1  2 ; 3') == '3' and final_answer('1  2') == '1 2' and final_answer(';') is None
+    assert final_answer('a ; b #### 1  2 ; 3') == '3' and final_answer('1  2') == '1 2'
+    assert final_answer(';') is None
 
 
 def test_solutions_belong_to_their_questions_and_leave_the_random_state():
@@ -87,7 +92,7 @@ def test_the_score_is_the_share_of_the_right_word():
 def test_a_case_ends_in_its_verdict_and_loses_its_beginning():
     case = [('sort ' + 'a b '*60, 'a b')]
     for right, word in ((True, 'good'), (False, 'bad')):
-        whole, cut = encode_cases(case, TOK, LAB, right)[0], encode_cases(case, TOK, LAB, right, 12)[0]
+        whole, cut = (encode_cases(case, TOK, LAB, right, limit)[0] for limit in (None, 12))
         assert cut['input_ids'] == whole['input_ids'][-12:] and len(whole['input_ids']) > 100
         assert [l for l in cut['labels'] if l != IGNORE] == TOK.convert_tokens_to_ids([word])
     assert evaluator_scores(toy(), TOK, case).shape == (1,)
@@ -114,8 +119,9 @@ def test_the_loss_is_a_mean_over_pairs_however_they_are_cut(loss):
     objective = judging((7, 9), loss, .5)
     def of(*parts):
         batches = [dict(labels=y[p]) for p in parts]
-        return sum(objective(SimpleNamespace(batch=b, batches=batches, forward=lambda p=p: logits[p]))
-                   for b, p in zip(batches, parts))
+        states = [SimpleNamespace(batch=b, batches=batches, forward=lambda p=p: logits[p])
+                  for b, p in zip(batches, parts)]
+        return sum(map(objective, states))
     whole, halves = of(list(range(8))), of([0, 1, 4, 5], [2, 3, 6, 7])
     torch.testing.assert_close(whole, halves)
     d = odds[:, 0] - odds[:, 1]
@@ -166,7 +172,7 @@ def test_the_stages_write_judge_and_write():
               progress=False, callbacks=(look,))
     first, judged, last = look.seen
     assert len(first) == len(last) == 4 and len(judged) == 8 and len(run.log) == 4
-    assert all(t.endswith('good') for t in judged[:4]) and all(t.endswith('bad') for t in judged[4:])
+    assert [t.split()[-1] for t in judged] == ['good']*4 + ['bad']*4
     assert not same(before, weights(model))
     stage = evaluator_stage(samples=2, questions=6)(context())
     assert stage.name == 'evaluator' and {p for p, *_ in stage.source.pairs} <= {
@@ -178,9 +184,9 @@ def context(data=None):
 
 
 def test_what_it_refuses():
-    for wrong in (dict(loss='best'), dict(samples=0), dict(samples=1.5), dict(most=0), dict(questions=-1),
-                  dict(temperature=0.), dict(margin=-1.), dict(margin=math.nan), dict(shares=(1., 1.)),
-                  dict(shares=(1., 0., 1.))):
+    for wrong in (dict(loss='best'), dict(samples=0), dict(samples=1.5), dict(most=0),
+                  dict(questions=-1), dict(temperature=0.), dict(margin=-1.),
+                  dict(margin=math.nan), dict(shares=(1., 1.)), dict(shares=(1., 0., 1.))):
         with pytest.raises(ValueError, match='must be'):
             palm2_recipe(**wrong)
     with pytest.raises(ValueError, match='of kind'):

@@ -88,8 +88,8 @@ def rerank(groups:list[list[int]],          # from `clusters`
                          'solution that was drawn')
     used = [scores[i] for g in groups for i in g]
     if any(math.isnan(s) for s in used) or weighted and min(used) < 0:
-        raise ValueError('a score is NaN, or negative where scores are added; give numbers, and with weighted=True '
-                         'probabilities instead of their logarithms')
+        raise ValueError('a score is NaN, or negative where scores are added; give numbers, and where they '
+                         'are added probabilities instead of their logarithms')
     value = sum if weighted else max
     return sorted(groups, key=lambda g: value(scores[i] for i in g), reverse=True)
 
