@@ -107,6 +107,12 @@ def test_losses_are_those_of_the_formulas():
     torch.testing.assert_close(pair_losses(right, wrong, 'pairwise'), -S(right - wrong).log())
 
 
+def test_the_margin_loss_loses_its_pull_where_both_scores_are_near_1():
+    both = torch.full((2, 1), 9., requires_grad=True)
+    pull = lambda loss: float(torch.autograd.grad(pair_losses(*both, loss).sum(), both)[0][0])
+    assert abs(pull('margin')) < 1e-3 and pull('pairwise') == pytest.approx(-.5)
+
+
 @pytest.mark.parametrize('loss', ['pointwise', 'pairwise', 'margin'])
 def test_the_loss_is_a_mean_over_pairs_however_they_are_cut(loss):
     g = torch.Generator().manual_seed(1)
