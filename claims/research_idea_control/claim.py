@@ -150,14 +150,16 @@ def run(arm, rate, seed, split, steps):
     near = study.first_look()
     best, level = study.fixed(near)
     rows = study.field.rows(ITEMS[split][4], f'{split}/last')
-    paces = dict(schedule=study.schedule(near[0]), fixed=constant(best), zero=constant((0., 0., 0.)))
+    paces = dict(schedule=study.schedule(near[0]), fixed=constant(best),
+                 zero=constant((0., 0., 0.)))
     means = {n: study.scores(p, rows, study.draw + 90).mean(0) for n, p in paces.items()}
     totals = {n: float(m[:3].sum()) for n, m in means.items()}
     each = {f'{n}_rewards': [round(float(v), 3) for v in m] for n, m in means.items()}
     wins = sum(float(s > f) for s, f in zip(means['schedule'][:3], means['fixed'][:3]))
     sums = {f'{n}_total': t for n, t in totals.items() if n != 'schedule'}
-    return found | each | sums | dict(total=totals['schedule'], wins=wins, weights=list(best),
-                                      level=list(level), fixed_gain=totals['fixed'] - totals['zero'])
+    return found | each | sums | dict(
+        total=totals['schedule'], wins=wins, weights=list(best), level=list(level),
+        fixed_gain=totals['fixed'] - totals['zero'])
 
 def derive(found):
     "The best fixed weights and the writer without steering, from the same run"
