@@ -436,11 +436,11 @@ QUIZ = (
              'An answer needs the fact and the habit to say it. A score of chat answers shows both together; the '
              'same facts as plain text can show the first without the second.'),
     Question('same_heads_what', 'reading_a_circuit',
-             'Each of 48 heads is replaced by its mean. One costs most of the right answers. What do you know?',
+             'Each of 48 heads is replaced by its mean, one at a time. One costs most of the right answers. What do '
+             'you know?',
              ('The answer depends on what it says about the prompt', 'It writes the answer',
               'The model answers with this head alone'),
-             'It may write the answer, or tell a later head where to look. And what it takes from others is not '
-             'shown: put it in alone, and it does nothing.'),
+             'It may write the answer, or tell a later head where to look. Alone it may answer nothing.'),
     Question('many_random_heads', 'reading_a_circuit',
              'Twelve heads of a tuned model, put into its base, bring back 90% of the gain. What must stand beside '
              'that number?',
