@@ -165,9 +165,9 @@ SMALLEST_CIRCUIT = compared(
     smallest_circuit,
     [(_two_steps, ['A', 'B', 'C', 'D', 'E'], .7), (_two_steps, ['E', 'D', 'C', 'B', 'A'], .95),
      (_sum, ['s', 'p', 'r', 'q'], .8), (_sum, ['p', 'q', 'r', 's'], .4), (_two_steps, ['B', 'C', 'A', 'D'], .9)],
-    ((_once, 'You leave out one head at a time from all. A head that another can stand in for is then never missed, and '
+    ((_once, 'You leave out one head at a time from all. A head that another can stand in for is then not missed, and '
              'both are lost together. Go on from what is left.'),
-     (_ranked, 'You rank the heads once, by how much each is missed among all. The ranking changes when a head is gone: '
+     (_ranked, 'You rank the heads once, by how much each is missed among all. That changes when a head is gone: '
                'try all again in each round.'),
      (_single, 'You rank the heads by what each does alone. A head that needs another does nothing alone.'),
      (_too_far, 'One head too few: stop *before* the score falls below the limit.'),
