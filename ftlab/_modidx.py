@@ -3096,6 +3096,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'ftlab/exercises/reading_a_circuit.py'),
                                                    'ftlab.exercises.reading_a_circuit._most_missed': ( 'exercises/reading_a_circuit.html#_most_missed',
                                                                                                        'ftlab/exercises/reading_a_circuit.py'),
+                                                   'ftlab.exercises.reading_a_circuit._of_tuned': ( 'exercises/reading_a_circuit.html#_of_tuned',
+                                                                                                    'ftlab/exercises/reading_a_circuit.py'),
                                                    'ftlab.exercises.reading_a_circuit._once': ( 'exercises/reading_a_circuit.html#_once',
                                                                                                 'ftlab/exercises/reading_a_circuit.py'),
                                                    'ftlab.exercises.reading_a_circuit._others': ( 'exercises/reading_a_circuit.html#_others',

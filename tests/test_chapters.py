@@ -21,9 +21,9 @@ from ftlab.evaluators.mechanisms.conjugate_prompting import Mixture, bayes, beli
 from ftlab.evaluators.mechanisms.conjugate_prompting import draw as prompts_of
 from ftlab.evaluators.mechanisms.entity_circuits import box_prompts, elsewhere
 from ftlab.evaluators.patching import Site, patch
-from ftlab.exercises import (HalfUpdate, LowRank, ablate_head, ask_otherwise, belief_after, best_within,
-                             budget_bytes, compare_and_choose, filtered_loss, flipped,
-                             four_bit_bytes, half_of, hidden_share, highest_entries,
+from ftlab.exercises import (HalfUpdate, LowRank, ablate_head, ask_otherwise, belief_after,
+                             best_within, budget_bytes, compare_and_choose, filtered_loss,
+                             flipped, four_bit_bytes, half_of, hidden_share, highest_entries,
                              labels_of, least_lost, lora_from, messages_of, own_answers,
                              pack_rows, pull, recovered, right_answers, serving_bytes,
                              smallest_circuit, sureness_gap, trained_numbers, training_bytes,

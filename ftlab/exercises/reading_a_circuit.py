@@ -72,6 +72,9 @@ def recovered(base, tuned, lent, chance):
     share = lambda x: (x - base)/(tuned - base)
     return share(lent) - share(sum(chance)/len(chance))
 
+def _of_tuned(base, tuned, lent, chance):
+    return (lent - sum(chance)/len(chance))/tuned if tuned > base else None
+
 RECOVERED = compared(
     'recovered', 'reading_a_circuit',
     'A base model answers `base` questions right and its tuned version `tuned`. With the outputs of some heads from '
@@ -84,11 +87,11 @@ RECOVERED = compared(
     recovered,
     [(40, 60, 55, [40, 44, 42]), (41, 56, 56, [41, 50]), (50, 50, 50, [50]), (30, 20, 25, [28, 26]),
      (10, 30, 8, [9, 12])],
-    ((lambda base, tuned, lent, chance: lent/tuned - sum(chance)/len(chance)/tuned if tuned > base else None,
+    ((_of_tuned,
       'You divide by what the tuned model answers. A set of heads that changes nothing would get a large share.'),
      (lambda base, tuned, lent, chance: (lent - base)/(tuned - base) if tuned > base else None,
       'The control is missing: subtract what random heads bring.'),
-     (lambda base, tuned, lent, chance: (lent - max(chance))/(tuned - base) if tuned > base else None,
+     (lambda base, tuned, lent, chance: recovered(base, tuned, lent, [max(chance)]),
       'You subtract the best of the random draws. The mean is asked for.'),
      (lambda base, tuned, lent, chance: recovered(base, tuned, lent, chance) or 0.,
       'Without a gain there is no share, which is not 0. Return `None`.'),
@@ -130,7 +133,8 @@ def _single(score, heads, share):
 
 def _too_far(score, heads, share):
     kept = smallest_circuit(score, heads, share)
-    return [k for k in kept if k != max(kept, key=lambda h: score([x for x in kept if x != h]))] if kept else kept
+    least = max(kept, key=lambda h: score([k for k in kept if k != h]), default=None)
+    return [k for k in kept if k != least]
 
 def _most_missed(score, heads, share):
     kept, least = list(heads), share*score(list(heads))
@@ -143,12 +147,15 @@ def _most_missed(score, heads, share):
     return kept
 
 def _absolute(score, heads, share):
-    return smallest_circuit(lambda kept: score(kept) if len(kept) < len(heads) else 1., heads, share)
+    def limited(kept):
+        return score(kept) if len(kept) < len(heads) else 1.
+
+    return smallest_circuit(limited, heads, share)
 
 def _two_steps(kept):
     "A needs B; C stands in for A"
     first = .6 if 'A' in kept else .55 if 'C' in kept else 0.
-    return (first if 'B' in kept else 0.) + (.2 if 'D' in kept else 0.) + (.01 if 'E' in kept else 0.)
+    return first*('B' in kept) + .2*('D' in kept) + .01*('E' in kept)
 
 def _sum(kept):
     return sum({'p': 5., 'q': 3., 'r': 1.5, 's': .5}[k] for k in kept)
