@@ -78,7 +78,7 @@ CHAPTERS = (
             20, ('delta', 'probe'), ('low_rank', 'what_to_keep')),
     Chapter('reading_a_circuit', 'Reading a circuit, before and after',
             'Which parts of a model give the answer, and are they the same after more training?',
-            20, ('probe',), ('a_model_you_know',)),
+            20, ('select', 'probe'), ('a_model_you_know',)),
     Chapter('not_forgotten', 'Forgotten, or another question?',
             'When an ability is missing after a fine-tune, is it gone?',
             20, ('source', 'probe'), ('a_model_you_know',)))
