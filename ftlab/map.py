@@ -76,6 +76,9 @@ CHAPTERS = (
     Chapter('a_model_you_know', 'The same on a model that you know',
             'What does a fine-tune teach a real model, what does it break, and what do 4 bits save?',
             20, ('delta', 'probe'), ('low_rank', 'what_to_keep')),
+    Chapter('reading_a_circuit', 'Reading a circuit, before and after',
+            'Which parts of a model give the answer, and are they the same after more training?',
+            20, ('select', 'probe'), ('a_model_you_know',)),
     Chapter('not_forgotten', 'Forgotten, or another question?',
             'When an ability is missing after a fine-tune, is it gone?',
             20, ('source', 'probe'), ('a_model_you_know',)),
@@ -435,6 +438,24 @@ QUIZ = (
               'No: knowledge is never lost by so few steps, only covered'),
              'An answer needs the fact and the habit to say it. A score of chat answers shows both together; the '
              'same facts as plain text can show the first without the second.'),
+    Question('same_heads_what', 'reading_a_circuit',
+             'Each of 48 heads is replaced by its mean, one at a time. One costs most of the right answers. What do '
+             'you know?',
+             ('The answer depends on what it says about the prompt', 'It writes the answer',
+              'The model answers with this head alone'),
+             'It may write the answer, or tell a later head where to look. Alone it may answer nothing.'),
+    Question('many_random_heads', 'reading_a_circuit',
+             'Twelve heads of a tuned model, put into its base, bring back 90% of the gain. What must stand beside '
+             'that number?',
+             ('What twelve random heads bring back', 'What all heads bring back',
+              'How many steps the tuning took'),
+             'With many heads a random set has some of the right ones in it, and brings back part of the gain.'),
+    Question('map_twice', 'reading_a_circuit',
+             'A model answers as if it guessed. You ablate its heads one by one, and eight look important. What '
+             'next?',
+             ('Look at the same eight on other prompts', 'Call these eight its circuit',
+              'Ablate them together on the same prompts'),
+             'Of many heads some look important by chance, on these prompts. On others chance chooses other heads.'),
     Question('no_recovery', 'not_forgotten',
              'After a fine-tune a skill is gone. You ask for it in three other forms, and nothing comes back. What '
              'do you know?',

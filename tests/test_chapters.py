@@ -1,6 +1,7 @@
 """The chapters half_is_enough, low_rank, which_parameters, what_a_token_costs, what_to_keep,
-what_the_model_reads, from_file_to_served, a_model_you_know, not_forgotten and does_it_mean_it:
-what readers write in their exercises, their classes in a real fine-tune, and the pages' own promises"""
+what_the_model_reads, from_file_to_served, a_model_you_know, reading_a_circuit, not_forgotten and
+does_it_mean_it: what readers write in their exercises, their classes in a real fine-tune, and the
+pages' own promises"""
 import json, random, re
 from functools import partial
 from math import log10
@@ -19,13 +20,15 @@ from ftlab.evaluators.calibration import ece
 from ftlab.evaluators.forgetting import flips
 from ftlab.evaluators.mechanisms.conjugate_prompting import Mixture, bayes, beliefs
 from ftlab.evaluators.mechanisms.conjugate_prompting import draw as prompts_of
-from ftlab.exercises import (HalfUpdate, LowRank, ask_otherwise, belief_after, best_within,
-                             budget_bytes, compare_and_choose, filtered_loss, flipped,
-                             four_bit_bytes, half_of, hidden_share, highest_entries,
+from ftlab.evaluators.mechanisms.entity_circuits import box_prompts, elsewhere
+from ftlab.evaluators.patching import Site, patch
+from ftlab.exercises import (HalfUpdate, LowRank, ablate_head, ask_otherwise, belief_after,
+                             best_within, budget_bytes, compare_and_choose, filtered_loss,
+                             flipped, four_bit_bytes, half_of, hidden_share, highest_entries,
                              labels_of, least_lost, lora_from, messages_of, own_answers,
-                             pack_rows, pull, right_answers, serving_bytes, sureness_gap,
-                             trained_numbers, training_bytes, truncate, what_to_mix,
-                             where_they_part, wrong_with)
+                             pack_rows, pull, recovered, right_answers, serving_bytes,
+                             smallest_circuit, sureness_gap, trained_numbers, training_bytes,
+                             truncate, what_to_mix, where_they_part, wrong_with)
 from ftlab.exercises.does_it_mean_it import changed_chain, mean_same, who_decides
 from ftlab.exercises.what_the_model_reads import FAULTS, SHOWN
 from ftlab.instruments.frontier import at_gain
@@ -45,6 +48,7 @@ PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, co
          'course/what_the_model_reads.ipynb': (wrong_with, labels_of, where_they_part, pack_rows),
          'course/from_file_to_served.ipynb': (messages_of, best_within, serving_bytes),
          'course/a_model_you_know.ipynb': (right_answers, four_bit_bytes),
+         'course/reading_a_circuit.ipynb': (ablate_head, recovered, smallest_circuit),
          'course/not_forgotten.ipynb': (belief_after, ask_otherwise, hidden_share),
          'course/does_it_mean_it.ipynb': (changed_chain, mean_same, who_decides)}
 
@@ -601,6 +605,61 @@ def test_the_gap_is_the_librarys_calibration_error():
     dice = torch.Generator().manual_seed(1)
     sure, right = torch.rand(200, generator=dice), torch.rand(200, generator=dice).round()
     assert abs(sureness_gap(sure.tolist(), right.tolist(), 10) - ece(sure, right)) < 1e-6
+
+# --- a circuit
+
+def test_a_head_of_another_question_takes_the_answer_with_it():
+    "What the chapter on circuits does by hand, on other prompts"
+    model, tok = ftlab.load('lab-l', revision='step-2214')
+    prompts = box_prompts(tok, 16, seed=11)
+    ids, row, other = prompts.batch['input_ids'], torch.arange(16), elsewhere(prompts, 'other')
+    asks = ids.clone()
+    asks[row, prompts.at['query'][:, 0]] = prompts.names[row, other]
+    source = dict(input_ids=asks, attention_mask=torch.ones_like(asks))
+    wanted = prompts.things[row, other]
+    put_in = {s: patch(model, prompts.batch, source, [Site('head', *s)], at=-1)[:, -1].argmax(-1)
+              for s in ((0, 0), (2, 0))}
+    assert (put_in[0, 0] == wanted).sum() >= 13 and (put_in[2, 0] == wanted).sum() <= 4
+
+def test_the_chapter_on_circuits_says_what_it_measured():
+    page = cells('course/reading_a_circuit.ipynb')
+    shown = {c['source']: '\n'.join(''.join(o.get('text') or o['data'].get('text/plain', ''))
+                                    for o in c.get('outputs', []))
+             for c in page if c['cell_type'] == 'code'}
+    text = '\n'.join(c['source'] for c in page if c['cell_type'] == 'markdown')
+
+    def table(ending, row):
+        "The numbers of a row of the table that a cell ends in"
+        out = next(v for s, v in shown.items() if s.strip().endswith(ending))
+        line = next(x for x in out.splitlines() if x.startswith(row))
+        return [float(x) for x in line[len(row):].split()]
+
+    base, later = table('\nscores', 'base')[0], table('\nscores', 'later')[0]
+    kept, more = table('\nkept', 'circuit'), table('\nin_later', 'circuit')
+    lent, chance = table('\nback', 'circuit'), table('\nback', 'random, mean')
+    for said in (f'`base`) answers {base:.0f} of 60', f'a gain of {later - base:.0f} answers',
+                 f'Three heads answer {kept[2]:.0f} where', f'answer {more[3]:.0f} of the {later:.0f}',
+                 f'the base answers {lent[2]:.0f}', f'with eight {lent[5]:.0f}',
+                 f'to {chance[5]:.0f} on average'):
+        assert said in text, said
+    ending = 'pd.DataFrame(tracked).T.astype(int)'
+    of, right, guessed, named, _ = table(ending, '3 boxes')
+    assert f'in {named:.0f} of {of:.0f} answers' in text
+    assert f'{right:.0f} are right, and guessing gives {guessed:.0f}' in text
+    ending = 'pd.DataFrame(replicated).round(2)'
+    first, second = (table(ending, f'lost on the {half} half') for half in ('first', 'second'))
+    assert f'by {first[1]} on the first half and by {second[1]} on the second' in text
+    assert f'more than {table(ending, "random heads, most of 10")[1]}' in text
+
+def test_the_smallest_circuit_keeps_what_a_stand_in_hides():
+    "Two heads can do the same: one of them stays, although each alone is not missed"
+    def score(kept):
+        return float('b' in kept and ('a' in kept or 'c' in kept))
+
+    assert smallest_circuit(score, ['a', 'b', 'c', 'd'], 1.) == ['b', 'c']
+    heads = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert ablate_head(heads, 1)[:, 1].std(0).max() < 1e-6
+    assert abs(recovered(41, 56, 51, [44, 41]) - (10 - 1.5)/15) < 1e-9
 
 # --- asked in another form
 
