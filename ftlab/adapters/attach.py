@@ -135,7 +135,7 @@ class _Sublayer:
             return out
         if x is None:
             raise RuntimeError('the last matrix of an attention or MLP was called by itself, and the delta beside it '
-                               'needs what the first one reads; call the whole model, or use attached.disabled()')
+                               'needs what the first one reads; call the whole model, or switch the change off')
         return in_full(lambda h: self.delta(h, x.to(h.dtype)), out)
 
 def first_matrix(model:nn.Module, name:str) -> str:
