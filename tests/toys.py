@@ -88,3 +88,14 @@ def assert_resumes(run, folder, at=1):
     assert torch.equal(logits(again.model), logits(whole.model))
     assert same(weights(again.model), weights(whole.model)) and again.log == whole.log
     return whole
+
+class Texts:
+    "A callback that keeps the texts of the first batch of each stage"
+    def __init__(self):
+        self.seen = []
+
+    def after_backward(self, state):
+        if state.step == 0:
+            b = state.batches[0]
+            rows = zip(b['input_ids'], b['attention_mask'])
+            self.seen.append([TOK.decode(i[m.bool()]) for i, m in rows])

@@ -7,7 +7,7 @@ from ftlab.trainers.curation.got_d import (calibrated, choose, chosen_rows, dual
                                            got_d, read_chosen,
                                             squared)
 from ftlab.trainers.fit import fit
-from tests.toys import TOK, classifier, lab_data, same, toy, weights
+from tests.toys import TOK, Texts, classifier, lab_data, same, toy, weights
 
 
 def points(seed=0, n=12, m=30):
@@ -73,18 +73,6 @@ def test_points_do_not_depend_on_the_padding_and_the_model_stays_as_it_was():
     assert embed(classifier(), rows).shape == (8, 32)
 
 
-class Texts:
-    "The texts of the first batch of each stage"
-    def __init__(self):
-        self.seen = []
-
-    def after_backward(self, state):
-        if state.step == 0:
-            b = state.batches[0]
-            each = zip(b['input_ids'], b['attention_mask'])
-            self.seen.append({TOK.decode(i[m.bool()]) for i, m in each})
-
-
 @pytest.mark.parametrize('by', ['got_d', 'nearest', 'random'])
 def test_what_is_chosen_is_read_and_then_the_rows_are_tuned_on(by):
     pool = [dict(prompt=p, response=r) for p, r in (('sort b a', 'a b'), ('max a c', 'c'),
@@ -97,7 +85,7 @@ def test_what_is_chosen_is_read_and_then_the_rows_are_tuned_on(by):
                         by, .1)
     chosen = stage(context()).source.source.rows
     read = {TOK.decode(e['input_ids']) for e in encoded(chosen, TOK)}
-    assert len(chosen) == 2 and look.seen[0] == read and not look.seen[1] & read
+    assert len(chosen) == 2 and set(look.seen[0]) == read and not set(look.seen[1]) & read
     assert len(run.settings['stages']) == 2 and '2 of 4' in repr(stage)
 
 

@@ -15,7 +15,7 @@ from ftlab.trainers.curation.palm2_recipe import (ENGLISH, LAB, Asking, clusters
                                                   outcomes, pair_losses, palm2_recipe, pass_at_k,
                                                   rerank, sample_solutions, verdict_words)
 from ftlab.trainers.fit import fit
-from tests.toys import TOK, lab_data, label_data, same, toy, weights
+from tests.toys import TOK, Texts, lab_data, label_data, same, toy, weights
 
 
 @pytest.mark.parametrize('n,right', [(1, 0), (1, 1), (5, 0), (5, 2), (6, 6), (7, 3)])
@@ -158,17 +158,6 @@ def test_an_evaluator_learns_what_pairs_show(loss):
     fit(model, TOK, lab_data(), recipe, steps=30, batch_size=4, lr=1e-2, progress=False)
     right, wrong = (evaluator_scores(model, TOK, [('max b c', s)]) for s in ('a b', 'b a'))
     assert right > wrong
-
-
-class Texts:
-    "The texts of the first batch of each stage"
-    def __init__(self):
-        self.seen = []
-
-    def after_backward(self, state):
-        if state.step == 0:
-            b = state.batches[0]
-            self.seen.append([TOK.decode(i[m.bool()]) for i, m in zip(b['input_ids'], b['attention_mask'])])
 
 
 def test_the_stages_write_judge_and_write():
