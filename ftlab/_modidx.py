@@ -4700,8 +4700,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._rate_ok': ( 'instruments/claims.html#_rate_ok',
                                                                                  'ftlab/instruments/claims.py'),
-                                          'ftlab.instruments.claims._room_ok': ( 'instruments/claims.html#_room_ok',
-                                                                                 'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._rows': ( 'instruments/claims.html#_rows',
                                                                               'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._run_one': ( 'instruments/claims.html#_run_one',

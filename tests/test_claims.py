@@ -617,13 +617,11 @@ def test_intervals_and_flags_alone_give_the_stated_verdict(claim):
         v, clear = 'checked', True
     assert r['verdict'] == (v if clear else 'unclear')
 
-def test_room_of_a_contrast_does_not_matter_beside_one_that_fails():
-    "Flags and contrasts alone must give the stated verdict"
+def test_a_contrast_without_room_leaves_it_unclear_beside_one_that_fails():
     full = GOOD | dict(baseline=[.99]*5, treatment=[1.]*5)
-    assert not C._room_ok([full]) and not C._room_ok([full, GOOD])
-    assert C._room_ok([GOOD]) and C._room_ok([full, BAD])
-    found = [judged(dict(contrasts=[full, other]))[0] for other in (BAD, GOOD)]
-    assert found == ['fails', 'unclear']
+    found, why = judged(dict(contrasts=[full, BAD]))
+    assert found == 'unclear' and why.startswith('no room')
+    assert judged(dict(contrasts=[GOOD, BAD]))[0] == 'fails'
 
 def test_the_flag_says_whether_the_verdict_hangs_on_the_rate():
     "Flags and contrasts alone must give the stated verdict"

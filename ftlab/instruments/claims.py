@@ -655,18 +655,12 @@ def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
                 else []) + _same_gain(rows)
     out = dict(claim=claim.name, sentence=spec['sentence'], contrasts=rows, controls=controls,
                controls_ok=all(c['ok'] for c in controls),
-               room_ok=_room_ok(rows),
+               room_ok=not any(room(r) or not r['common'] for r in rows if r['primary']),
                rate_ok=_rate_ok(rows),
                identities=[dict(name=k, passed=v) for k, v in identities.items()],
                seeds=spec['seeds'], scope=spec['scope'], excluded=_excluded(cells))
     v, reason = judged(out)
     return out | dict(verdict=v, reason=reason, also_seen=also_seen(out), cells=cells)
-
-def _room_ok(rows) -> bool:
-    "Return whether each deciding contrast has room. Beside one that fails no other one decides, as in `_rate_ok`"
-    primary = [r for r in rows if r['primary']]
-    return (not any(room(r) or not r['common'] for r in primary)
-            or any(contrast_verdict(r)[0] == 'fails' for r in primary))
 
 def _rate_ok(rows) -> bool:
     """Return whether the verdict is free of the rate. An effect that is unclear anyway does not hang on it, and

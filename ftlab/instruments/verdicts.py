@@ -181,6 +181,8 @@ def judged(result:Mapping) -> tuple[str, str]: # verdict, and the reason if the 
     v = 'holds' if said == {'holds'} else 'fails' if 'fails' in said else 'unclear'
     if not result.get('controls_ok', True):
         return 'unclear', 'a control failed'
+    if any(why.startswith(('no room', 'no common gain')) for _, why in found):
+        v = 'unclear' # also beside a contrast that fails
     return v, '; '.join(why for _, why in found if why) if v == 'unclear' else ''
 
 def verdict(result:Mapping) -> str:
