@@ -8,7 +8,7 @@ from ftlab.evaluators.mechanisms.conjugate_prompting import (Mixture, Prompt, ba
                                                              tuned, ways)
 
 N = 1000 # prompts of each kind
-WAYS = ('conjugate', 'shrunk', 'rotated', 'zero', 'scaled_base')
+WAYS = ('conjugate', 'shrunk', 'mapped', 'rotated', 'zero', 'scaled_base')
 
 @cache
 def asked(seed, split):
@@ -18,12 +18,23 @@ def asked(seed, split):
     return base, world, [draw(world, N, share, 1_000_000 + first + i)
                          for i, share in enumerate((0., 0., 1.))]
 
+@torch.no_grad()
+def mapped(ask, prompt, w):
+    "Return a predictor whose estimates go through the linear map with offset that is best here"
+    def with_one(prompt):
+        found = ask(prompt)
+        return torch.cat([found, torch.ones_like(found[..., :1])], -1)
+    found = with_one(prompt)
+    true = w[:, None].expand(-1, found.shape[1], -1)
+    fit = torch.linalg.lstsq(found.flatten(0, 1), true.flatten(0, 1)).solution
+    return lambda prompt: with_one(prompt)@fit
+
 def run(arm, rate, seed, split, steps) -> dict:
     "Tune once and ask in every way; `derive` makes the other arms"
     base, world, (judge, dials, discrete) = asked(seed, split)
     model = tuned(base, world, rate, steps, 2_000_000 + seed)
     by_name, gamma = ways(model, *dials, seed)
-    by_name |= dict(base=base, zero=shrunk(base, 0.))
+    by_name |= dict(base=base, zero=shrunk(base, 0.), mapped=mapped(model, *dials))
     by_name['scaled_base'] = ways(base, *dials, seed)[0]['conjugate']
     cont = {k: errors(ask, *judge) for k, ask in by_name.items()}
     mean = {k: float(v.mean()) for k, v in cont.items()}
