@@ -3,7 +3,7 @@ synthetic neuron"""
 import math
 import torch
 from torch import nn
-from ftlab.beyond.brain.elm import ARMS, ELM, imitate, neuron, score
+from ftlab.beyond.brain.elm import ARMS, ELM, LSTM, imitate, neuron, score
 
 class Linear(nn.Module):
     "Twenty leaky traces of each synapse, time constants as the ELM neuron's, and one layer on them"
@@ -23,7 +23,20 @@ class Linear(nn.Module):
         summed = x@self.out.weight.view(20, -1).T
         return torch.einsum('kts,bsk->bt', self.kernel, summed) + self.out.bias
 
-FIXED = dict(lstm_twice=('lstm', 3.16e-2, 2)) # what is trained, its rate, how many times the steps
+class Traced(LSTM):
+    "The LSTM, which reads the ELM neuron's traces of the spikes in place of the spikes"
+
+    def __init__(self, synapses=48, tau_s=5.):
+        super().__init__(synapses)
+        self.w_s, self.kappa_s = nn.Parameter(torch.full((synapses,), .5)), math.exp(-1/tau_s)
+
+    traces = ELM.traces
+
+    def forward(self, x):
+        return super().forward(self.traces(x))
+
+# what is trained, its rate, how many times the steps
+FIXED = dict(lstm_twice=('lstm', 3.16e-2, 2), lstm_traces=(Traced, 3.16e-2, 1))
 
 def run(arm, rate, seed, split, steps) -> dict:
     most = score(None, seed, split)
@@ -49,7 +62,7 @@ def identities() -> dict[str, bool]:
         early, late = x.clone(), x.clone()
         late[:, 40:] = 0
         causal = torch.equal(unit(early)[:, :40], unit(late)[:, :40])
-    sizes = [sum(p.numel() for p in make().parameters()) for make in ARMS.values()]
+    sizes = [sum(p.numel() for p in make().parameters()) for make in (*ARMS.values(), Traced)]
     return {'computed at once it is the step-by-step neuron': same,
             'nothing is known before it happens': causal,
             'the linear filter is one layer on its traces': torch.allclose(
