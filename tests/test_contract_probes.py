@@ -176,7 +176,7 @@ def test_a_broken_study_is_noticed(f, said, monkeypatch):
 def test_an_imitator_may_be_made_by_a_function_and_starts_as_one_layer_on_both_inputs():
     made = []
     def wide():
-        made.append(ELM(32, tau_s=2.))
+        made.append(ELM(48, tau_s=2.))
         return made[-1]
     model = imitate(wide, 0., seed=1, steps=1)
     assert model is made[0] and .3 < score(model, 1, 'validation') < 1
