@@ -25,8 +25,9 @@ def run(arm, rate, seed, split, steps) -> dict:
     old, new = parted(facts)
     if arm == 'bag':
         found = brain.read_plain(facts, seed, split)
-        return dict(read=found['bag'], read_best=found['bag'], truth=found['truth'],
-                    known=found['known'], score=brain.plain(new, seed, split)['bag'])
+        return dict(read=found['bag'], read_best=found['bag'], read_mean=found['bag'],
+                    truth=found['truth'], known=found['known'],
+                    score=brain.plain(new, seed, split)['bag'])
     model, tok = brain.tuned(lesson_of(arm), facts, rate, seed, steps, told=brain.known(facts))
     found = brain.read(model, tok, facts, seed, split)
     asked = brain.measured(model, tok, new, seed, split)

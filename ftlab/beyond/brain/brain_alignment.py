@@ -427,14 +427,17 @@ def mentions(facts:Mapping, split:str) -> list[dict]:
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #08f571ba
 def read(model, tok, facts:Mapping, seed:int=0, split:str='test') -> dict:
-    "Measure a model that reads `mentions`: `read` (the score), `read_best` (the paper's layer) and `read_shuffled`"
+    """Measure a model that reads `mentions`: `read` (the score, at the last token), `read_best` (the paper's layer),
+    `read_mean` (with the mean over all tokens) and `read_shuffled`"""
     rows = mentions(facts, split)
     heard = record(rows, seed, shares=READ)
-    layers = states(model, tok, [r['prompt'] for r in rows], mean=True)
-    found = aligned(layers, heard.responses, heard.groups)
+    prompts = [r['prompt'] for r in rows]
+    layers = states(model, tok, prompts)
+    found, over = (aligned(x, heard.responses, heard.groups)
+                   for x in (layers, states(model, tok, prompts, mean=True)))
     mixed = np.random.default_rng(seed).permutation(len(rows))
     layer = layers[max(set(found.chosen), key=found.chosen.count)]
-    return dict(read=found.score, read_best=found.best_layer,
+    return dict(read=found.score, read_best=found.best_layer, read_mean=over.score,
                 read_shuffled=aligned([layer], heard.responses[:, mixed]).score)
 
 def read_plain(facts:Mapping, seed:int=0, split:str='test') -> dict[str, float]:
