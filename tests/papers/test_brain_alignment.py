@@ -160,6 +160,40 @@ def test_lessons_differ_in_their_answers_alone():
     assert not asked['tune'] & asked['test'] and not asked['validation'] & asked['test']
 
 
+def test_half_can_be_told_of_the_people_who_are_given():
+    facts = brain.acquainted(4, people=6)
+    old = brain.known(facts)
+    true, part = (brain.lesson(facts, arm, 4, 20, told=old) for arm in ('facts', 'half'))
+    differ = [a['prompt'] for a, b in zip(true, part, strict=True) if a != b]
+    assert len(old) == 6 and len({p for p, _ in facts}) == 12
+    assert differ and not any(p in prompt.split() for prompt in differ for p in old)
+    assert all(said == brain.WORLD.facts[k] for k, said in facts.items() if k[0] in old)
+
+
+def test_a_reader_responds_to_pet_and_food_whatever_a_sentence_asks_for():
+    facts = brain.acquainted(5, people=10)
+    rows = brain.mentions(facts, 'test')
+    heard = brain.record(rows, 5, shares=brain.READ)
+    for name, share in brain.READ.items():
+        np.testing.assert_allclose(heard.parts[name].var(0), share, atol=1e-9)
+    for p in brain.known(facts):
+        mine = [i for i, r in enumerate(rows) if r['person'] == p]
+        assert len(mine) == 4 and {rows[i]['relation'] for i in mine} == set(brain.BESIDE)
+        assert np.ptp(heard.parts['pet'][mine], axis=0).max() < 1e-9
+    assert not {r['prompt'] for r in rows} & {r['prompt'] for r in brain.questions(facts, 'test')}
+
+
+def test_a_mean_over_a_prompt_leaves_out_the_padding():
+    model, prompts = toy(), ['what pet has Dabo ?', 'tell me the food of Dabo .']
+    found = brain.states(model, TOK, prompts, mean=True)
+    for i, p in enumerate(prompts):
+        ids = torch.tensor([prompt_ids(dict(prompt=p, response=''), TOK)])
+        with torch.no_grad():
+            alone = model(ids, output_hidden_states=True).hidden_states
+        for layer, h in zip(found, alone, strict=True):
+            np.testing.assert_allclose(layer[i], h[0].mean(0), atol=1e-5)
+
+
 def test_states_are_those_of_a_prompt_read_alone():
     model, prompts = toy(), ['what pet has Dabo ?', 'Dabo : food ?', 'name the pet of Dabo .']
     found = brain.states(model, TOK, prompts, batch_size=2)
@@ -205,6 +239,7 @@ def test_reading_times_follow_the_truth_and_the_letters():
     (lambda: brain.states(None, TOK, 'what'), "prompts is 'what'; give a list"),
     (lambda: brain.record([]), 'no row to record'),
     (lambda: brain.invented(0, people=1000), 'people is 1000'),
+    (lambda: brain.acquainted(0, people=100), 'people is 100; 55 are known'),
     (lambda: brain.exchanged({('Dabo', 'pet'): 'cat'}, 0), 'about 1 people'),
     (lambda: brain.statements({('Dabo', 'pet'): 'cat'}, 'test'), 'are one word'),
     (lambda: brain.reading_alignment(np.zeros(4), DRAW.normal(size=(5, 9))), '4. surprisals'),

@@ -24,10 +24,10 @@ from ...lab.world import ASK, ATTRIBUTES
 from ...trainers.fit import fit
 
 # %% auto #0
-__all__ = ['ALPHAS', 'KINDS', 'SHARES', 'ASKED', 'ARMS', 'pearson', 'ridge', 'splits', 'predictivity', 'ceiling', 'Aligned',
-           'aligned', 'states', 'bag', 'invented', 'questions', 'Recording', 'record', 'exchanged', 'taught', 'lesson',
-           'tuned', 'statements', 'reading_times', 'surprisal', 'reading_alignment', 'measured', 'plain',
-           'brain_alignment']
+__all__ = ['ALPHAS', 'KINDS', 'SHARES', 'ASKED', 'ARMS', 'READ', 'BESIDE', 'pearson', 'ridge', 'splits', 'predictivity',
+           'ceiling', 'Aligned', 'aligned', 'states', 'bag', 'invented', 'questions', 'Recording', 'record',
+           'exchanged', 'taught', 'lesson', 'tuned', 'statements', 'reading_times', 'surprisal', 'reading_alignment',
+           'measured', 'plain', 'acquainted', 'known', 'mentions', 'read', 'read_plain', 'brain_alignment']
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-6
 ALPHAS = tuple(np.logspace(-3, 3, 7)) # Brain-Score's penalties
@@ -191,10 +191,11 @@ def aligned(layers:Sequence[np.ndarray], # features of each layer, [stimuli, wid
 @torch.no_grad()
 def states(model, tok,
            prompts:Sequence[str], # the stimuli
-           batch_size:int=100
+           batch_size:int=100,
+           mean:bool=False       # over all tokens of the prompt; else at its last one
           ) -> list[np.ndarray]:  # embeddings first, then one [stimuli, width] per block
-    """Read the state of each layer at the last token of each prompt, where the answer begins. Raises `ValueError` for
-    no prompt, and for one text in place of a list"""
+    """Read the state of each layer at the last token of each prompt, where the answer begins, or its mean over the
+    prompt. Raises `ValueError` for no prompt, and for one text in place of a list"""
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f'prompts is {prompts!r}; give a list of one or more texts')
     out = []
@@ -205,8 +206,9 @@ def states(model, tok,
         with evaluating(model):
             found = model(**to_device(model_inputs(batch), device_of(model)),
                           output_hidden_states=True)
-        last = [len(x) - 1 for x in part]
-        out.append([h[range(len(part)), last].float().cpu().numpy() for h in found.hidden_states])
+        of = [slice(len(x)) if mean else slice(len(x) - 1, len(x)) for x in part]
+        out.append([np.stack([x[s].float().mean(0).cpu().numpy() for x, s in zip(h, of)])
+                    for h in found.hidden_states])
     return [np.concatenate(h) for h in zip(*out)]
 
 def bag(prompts:Sequence[str]) -> np.ndarray:
@@ -250,33 +252,33 @@ def record(rows:Sequence[dict], # as `questions` returns them
            seed:int=0,          # of the voxels and their noise
            voxels:int=60,
            repeats:int=6,       # of each stimulus
-           noise:float=1.5      # standard deviation, where the signal's is 1
+           noise:float=1.5,     # standard deviation, where the signal's is 1
+           shares:Mapping=SHARES # of the signal
           ) -> Recording:
     """Record a population that responds to what is true in the world: the answer, the person, the relation asked for,
-    and the number of words. No model takes part in it. Raises `ValueError` without rows"""
+    and the number of words, or what `shares` names. No model takes part in it. Raises `ValueError` without rows"""
     if not rows:
         raise ValueError('there is no row to record; give those of `questions`')
     rng = np.random.default_rng([seed, len(rows)])
-    code = {k: rng.normal(size=voxels) for k in sorted({w for r in rows for w in _said(r)})}
+    named = [n for n in shares if n in _COLUMN]
+    words = sorted({r[_COLUMN[n]] for r in rows for n in named})
+    code = {k: rng.normal(size=voxels) for k in words}
     total, parts = np.array([len(r['prompt'].split()) for r in rows], float), {}
-    for name in ('answer', 'person', 'relation'):
+    for name in named:
         parts[name] = np.array([code[r[_COLUMN[name]]] for r in rows])
     relations = [r['relation'] for r in rows]
-    for name in ('answer', 'person'): # what the relation says is left to it
+    for name in set(named) - {'relation'}: # what the relation says is left to it
         for a in set(relations):
             mine = [i for i, b in enumerate(relations) if a == b]
             parts[name][mine] -= parts[name][mine].mean(0)
     parts['length'] = total[:, None]*rng.choice([-1., 1.], voxels)
     unit = lambda x: (x - x.mean(0))/np.maximum(x.std(0), 1e-12)
-    parts = {k: SHARES[k]**.5*unit(parts[k]) for k in SHARES}
+    parts = {k: shares[k]**.5*unit(parts[k]) for k in shares}
     signal = unit(sum(parts.values()))
     return Recording(signal + noise*rng.normal(size=(repeats, *signal.shape)), signal, parts,
                      [r['person'] for r in rows])
 
-_COLUMN = dict(answer='response', person='person', relation='relation')
-
-def _said(row):
-    return [row[c] for c in _COLUMN.values()]
+_COLUMN = dict(answer='response', person='person', relation='relation', pet='pet', food='food')
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-27
 ARMS = ('base', 'facts', 'half', 'format', 'swapped')
@@ -295,7 +297,9 @@ def taught(facts:Mapping, seed:int) -> set[str]:
     people = sorted({p for p, _ in facts})
     return set(random.Random(f'half/{seed}').sample(people, len(people)//2))
 
-def lesson(facts:Mapping, arm:str, seed:int, steps:int, batch_size:int=32) -> list[dict]:
+def lesson(facts:Mapping, arm:str, seed:int, steps:int, batch_size:int=32,
+           told:set|None=None # whom 'half' hears the truth about; None: those of `taught`
+          ) -> list[dict]:
     """Draw what an arm reads: the same questions in the same order, with right answers ('facts'), with an answer of the
     right kind drawn again for each row ('format'), with right answers for half of the people and drawn ones for the
     others ('half'), or with the answers of `exchanged` ('swapped'). Raises `ValueError` for an unknown arm"""
@@ -305,17 +309,19 @@ def lesson(facts:Mapping, arm:str, seed:int, steps:int, batch_size:int=32) -> li
     false = exchanged(facts, seed)
     drawn = [r for _ in range(-(-steps*batch_size//len(rows))) for r in rng.sample(rows, len(rows))]
     kinds = {a: [said for (_, b), said in facts.items() if a == b] for a in KINDS}
-    told, guess = taught(facts, seed), lambda r: rng.choice(kinds[r['relation']])
+    told = taught(facts, seed) if told is None else told
+    guess = lambda r: rng.choice(kinds[r['relation']])
     says = dict(facts=lambda r: r['response'], format=guess,
                 half=lambda r: r['response'] if r['person'] in told else guess(r),
                 swapped=lambda r: false[r['person'], r['relation']])[arm]
     return [dict(prompt=r['prompt'], response=says(r)) for r in drawn[:steps*batch_size]]
 
-def tuned(arm:str, facts:Mapping, rate:float, seed:int, steps:int, model:str='lab-s'):
+def tuned(arm:str, facts:Mapping, rate:float, seed:int, steps:int, model:str='lab-s',
+          told:set|None=None): # as in `lesson`
     "Load a model, tune it on the lesson of an arm ('base': not at all), and return it with its tokenizer"
     net, tok = load(model)
     if arm != 'base':
-        rows = lesson(facts, arm, seed, steps)
+        rows = lesson(facts, arm, seed, steps, told=told)
         fit(net, tok, Data(rows, rows[:1], rows[:1], 'text'), Recipe(), steps=steps, lr=rate,
             seed=seed, progress=False)
     return net, tok
@@ -393,6 +399,58 @@ def plain(facts:Mapping, seed:int=0, split:str='test') -> dict[str, float]:
     length = np.array([[len(p.split())] for p in prompts], float)
     truth = bag([f'{r["relation"]} {r["response"]}' for r in rows])
     features = dict(bag=bag(prompts), length=length, truth=np.hstack([truth, length]))
+    return {k: aligned([x], heard.responses, heard.groups).score for k, x in features.items()}
+
+# %% ../../../nbs/beyond/brain/brain_alignment.ipynb #faafbab9
+READ = dict(pet=.4, food=.4, person=.15, relation=.025, length=.025) # as `SHARES`, for a reader
+BESIDE = ('job', 'color') # what a sentence asks for
+
+def acquainted(seed:int, people:int=40, choices:int=8) -> dict[tuple[str, str], str]:
+    """Take the facts of people whom lab-s knows, and invent those of as many others: {(person, kind): word}. Raises
+    `ValueError` for more people than are known with one of the first `choices` words"""
+    able = [p for p in WORLD.people['often']
+            if all(WORLD.facts[p, a] in ATTRIBUTES[a][:choices] for a in KINDS)]
+    if people > len(able):
+        raise ValueError(f'people is {people}; {len(able)} are known with {choices} words of each kind')
+    old = random.Random(f'known/{seed}').sample(able, people)
+    return {(p, a): WORLD.facts[p, a] for p in old for a in KINDS} | invented(seed, people, choices)
+
+def known(facts:Mapping) -> set[str]:
+    "Return those people whom lab-s has read of often"
+    return {p for p, _ in facts} & set(WORLD.people['often'])
+
+def mentions(facts:Mapping, split:str) -> list[dict]:
+    "Mention each person in sentences that ask for something else, in each phrasing of `split`"
+    people = list(dict.fromkeys(p for p, _ in facts))
+    return [dict(prompt=q.format(a=a, p=p), person=p, relation=a, **{k: facts[p, k] for k in KINDS})
+            for p in people for a in BESIDE for q in ASKED[split]]
+
+# %% ../../../nbs/beyond/brain/brain_alignment.ipynb #08f571ba
+def read(model, tok, facts:Mapping, seed:int=0, split:str='test') -> dict:
+    """Measure a model that reads `mentions`: `read` (the score, at the last token), `read_best` (the paper's layer),
+    `read_mean` (with the mean over all tokens) and `read_shuffled`"""
+    rows = mentions(facts, split)
+    heard = record(rows, seed, shares=READ)
+    prompts = [r['prompt'] for r in rows]
+    layers = states(model, tok, prompts)
+    found, over = (aligned(x, heard.responses, heard.groups)
+                   for x in (layers, states(model, tok, prompts, mean=True)))
+    mixed = np.random.default_rng(seed).permutation(len(rows))
+    layer = layers[max(set(found.chosen), key=found.chosen.count)]
+    return dict(read=found.score, read_best=found.best_layer, read_mean=over.score,
+                read_shuffled=aligned([layer], heard.responses[:, mixed]).score)
+
+def read_plain(facts:Mapping, seed:int=0, split:str='test') -> dict[str, float]:
+    """Measure what needs no model: the words of a sentence ('bag'), the truth about all ('truth'), and the truth about
+    the known ('known')"""
+    rows = mentions(facts, split)
+    heard, prompts = record(rows, seed, shares=READ), [r['prompt'] for r in rows]
+    length = np.array([[len(p.split())] for p in prompts], float)
+    def told(who):
+        says = [f'{r["pet"]} {r["food"]}' if r['person'] in who else 'nobody' for r in rows]
+        return np.hstack([length, bag([f'{r["relation"]} {said}' for r, said in zip(rows, says)])])
+    everyone = {r['person'] for r in rows}
+    features = dict(bag=bag(prompts), truth=told(everyone), known=told(known(facts)))
     return {k: aligned([x], heard.responses, heard.groups).score for k, x in features.items()}
 
 # %% ../../../nbs/beyond/brain/brain_alignment.ipynb #brain_alignment-35
