@@ -46,11 +46,16 @@ def problem(r) -> dict:
     return dict(prompt=f'{text} : which sum is {digits(sum(right), 2)} ?',
                 response=' ; '.join(steps))
 
+def content(prompt:str) -> str:
+    "The five numbers in order, and the sum: what two questions share that differ in words alone"
+    have, _, want = prompt.partition(':')
+    return ' '.join([*sorted(w for w in have.split() if w.isdigit()), 'to', want])
+
 def problems(n, split, seed) -> list[dict]:
     r, out = random.Random(f'{seed} {split}'), {}
     while len(out) < n:
         row = problem(r)
-        if split_of(row['prompt']) == split:
+        if split_of(content(row['prompt'])) == split:
             out.setdefault(row['prompt'], row)
     return list(out.values())
 
@@ -71,11 +76,12 @@ def generator(seed):
 
 @lru_cache(2)
 def pairs(seed) -> tuple:
-    """Right and wrong solutions of the generator to training questions. Where none is right, the
-    data's own would stand for it and could be known by its style; such questions are left out."""
+    """Right and wrong solutions of the generator to training questions; those without an answer are
+    never chosen, so not judged. Where none is right, the data's own would stand for it and could be
+    known by its style; such questions are left out."""
     rows = problems(ROWS, 'train', seed)[:DRAWN_FOR]
     said = sample_solutions(*generator(seed), [r['prompt'] for r in rows], DRAWS, 1., LONGEST, seed)
-    found = [(r['prompt'], r['response'], s) for r, s in zip(rows, said)
+    found = [(r['prompt'], r['response'], list(filter(answer, s))) for r, s in zip(rows, said)
              if answer(r['response']) in map(answer, s)]
     return tuple(contrasts(*map(list, zip(*found)), answer, MOST, seed))
 
@@ -127,10 +133,11 @@ def run(arm, rate, seed, split, steps):
     return found | dict(told=told(said, gold, scores))
 
 def told(solutions, golds, scores) -> float:
-    "How often a right solution scores higher than a wrong one to its question; a tie counts half"
+    """How often a right solution scores higher than one with a wrong answer to its question; a tie
+    counts half. What has no answer can't be chosen, and is easy to tell"""
     pairs = [(a, b) for said, gold, s in zip(solutions, golds, scores)
              for x, a in zip(said, s) if answer(x) == answer(gold)
-             for y, b in zip(said, s) if answer(y) != answer(gold)]
+             for y, b in zip(said, s) if answer(y) not in (None, answer(gold))]
     return sum(.5 + .5*((a > b) - (a < b)) for a, b in pairs)/max(len(pairs), 1)
 
 WAYS = {'weighted': 'weighted', 'all': 'rerank all', 'same draws': 'maj', 'one draw': 'pass@1',
@@ -146,13 +153,13 @@ def derive(found) -> dict:
 
 def identities() -> dict[str, bool]:
     rows = {s: problems(300, s, 0) for s in ('train', 'validation', 'test')}
-    asks = {s: {r['prompt'] for r in rows[s]} for s in rows}
+    asks = {s: {content(r['prompt']) for r in rows[s]} for s in rows}
     gold = [r['response'] for r in rows['test'][:20]]
     perfect = outcomes([[g]*N for g in gold], gold, [[1.]*N]*20, TOP, answer)
     turned = [' ; '.join([g, ' '.join(reversed(answer(g).replace(' ', ' + ').split()))])
               for g in gold]
-    return {'no problem is in two splits': not any(asks[a] & asks[b] for a in asks
-                                                   for b in asks if a < b),
+    return {'no numbers with their sum are in two splits, whatever the order': not any(
+                asks[a] & asks[b] for a in asks for b in asks if a < b),
             'two of the numbers have the sum, no other two, and they are the answer': all(
                 solved(r['prompt']) == [answer(r['response'])] for r in rows['test']),
             'where all solutions are right, every way of choosing is':
