@@ -1,45 +1,61 @@
-"""lab-s learns to solve word problems in steps; then it is tuned to tell its right solutions from its wrong ones, and
-among 16 solutions to a question an answer is chosen by a vote, or by what it says of them"""
+"""lab-s learns to find two numbers with a given sum by trying; then it is tuned to tell its right
+solutions from its wrong ones, and among 16 solutions to a question an answer is chosen by a vote,
+by what it says of them, or by how likely it finds them"""
+import copy
+import itertools
 import random
 from functools import lru_cache, partial
 import torch
 import ftlab
 from ftlab.core.recipe import Recipe
-from ftlab.core.scorers import answers, row_nlls
+from ftlab.core.scorers import row_nlls
 from ftlab.core.text import split_of
-from ftlab.lab.world import PEOPLE, THINGS, digits
+from ftlab.lab.world import PEOPLE, digits
 from ftlab.trainers.curation.palm2_recipe import (LAB, clusters, contrasted, contrasts,
-                                                  evaluator_scores, final_answer, judging,
-                                                  outcomes, sample_solutions, verdict_words)
+                                                  evaluator_scores, judging, outcomes,
+                                                  sample_solutions, verdict_words)
 
-MORE, LESS = ('finds', 'takes'), ('sells', 'breaks')
-ROWS, WRITING, JUDGING = 2000, 80, 120 # training rows; steps of each stage
-RATE, BATCH = 1e-3, 16 # of writing; the judging has 8 pairs, of 16 solutions
-DRAWN_FOR, DRAWS, MOST = 400, 4, 3 # training questions to learn judging from; solutions and pairs of each
-N, TOP, LONGEST = 16, 4, 22 # solutions of a question, groups that are reranked, tokens of a solution
+NUMBERS, FAILED = 5, 2 # numbers of a question; most tries that fail in a solution
+ROWS, WRITING, JUDGING = 4000, 120, 80 # training rows; steps of each stage
+RATE, BATCH = 1e-3, 16 # of writing: rows; of judging: pairs
+DRAWN_FOR, DRAWS, MOST = 400, 8, 4 # questions to learn judging from; solutions and pairs of each
+N, TOP, LONGEST = 16, 4, 22 # solutions, groups that are reranked, tokens of a solution
 ASKED = dict(validation=50, test=80)
-GREEDY = 200 # questions for a single, greedy answer of the generator
 
-answer = partial(final_answer, marks=('=',))
+def answer(solution:str) -> str|None:
+    "The two numbers of the last try, in order; None if there are not two"
+    pair = [w for w in solution.rpartition(';')[2].split() if w.isdigit()][:2]
+    return ' '.join(sorted(pair)) if len(pair) == 2 else None
+
+def attempt(r, pair) -> str:
+    a, b = r.sample(pair, 2)
+    return f'{a} + {b} = {digits(a + b, 2)}'
 
 def problem(r) -> dict:
-    "A number of things and three changes, as a row"
-    total = r.randrange(5, 25)
-    said, steps = [digits(total, 2)], []
-    for _ in range(3):
-        way, by = r.choice((1, -1)) if total > 9 else 1, r.randrange(1, 10)
-        total += way*by
-        said.append(f'{r.choice(MORE if way > 0 else LESS)} {by}')
-        steps.append(f'{"+" if way > 0 else "-"} {by} = {digits(total, 2)}')
-    who, what = r.choice(PEOPLE), r.choice(THINGS)
-    text = f'{who} has {said[0]} {what} , ' + ' , '.join(said[1:]) + f' : how many {what} ?'
-    return dict(prompt=text, response=said[0] + ' ' + ' ; '.join(steps))
+    "Five numbers, and a sum that exactly two of them have, as a row"
+    while True:
+        have = r.sample(range(1, 10), NUMBERS)
+        pairs = list(itertools.combinations(have, 2))
+        right = r.choice(pairs)
+        wrong = [p for p in pairs if sum(p) != sum(right)]
+        if len(wrong) == len(pairs) - 1:
+            break
+    tries = [*r.sample(wrong, r.randint(0, FAILED)), right]
+    steps = [attempt(r, p) for p in tries]
+    text = f'{r.choice(PEOPLE)} has ' + ' , '.join(map(str, have))
+    return dict(prompt=f'{text} : which sum is {digits(sum(right), 2)} ?',
+                response=' ; '.join(steps))
+
+def content(prompt:str) -> str:
+    "The five numbers in order, and the sum: what two questions share that differ in words alone"
+    have, _, want = prompt.partition(':')
+    return ' '.join([*sorted(w for w in have.split() if w.isdigit()), 'to', want])
 
 def problems(n, split, seed) -> list[dict]:
     r, out = random.Random(f'{seed} {split}'), {}
     while len(out) < n:
         row = problem(r)
-        if split_of(row['prompt']) == split:
+        if split_of(content(row['prompt'])) == split:
             out.setdefault(row['prompt'], row)
     return list(out.values())
 
@@ -60,20 +76,24 @@ def generator(seed):
 
 @lru_cache(2)
 def pairs(seed) -> tuple:
-    "Right and wrong solutions of the generator to training questions"
+    """Right and wrong solutions of the generator to training questions; those without an answer are
+    never chosen, so not judged. Where none is right, the data's own would stand for it and could be
+    known by its style; such questions are left out."""
     rows = problems(ROWS, 'train', seed)[:DRAWN_FOR]
-    problem, gold = [r['prompt'] for r in rows], [r['response'] for r in rows]
-    said = sample_solutions(*generator(seed), problem, DRAWS, 1., LONGEST, seed)
-    return tuple(contrasts(problem, gold, said, answer, MOST, seed))
+    said = sample_solutions(*generator(seed), [r['prompt'] for r in rows], DRAWS, 1., LONGEST, seed)
+    found = [(r['prompt'], r['response'], list(filter(answer, s))) for r, s in zip(rows, said)
+             if answer(r['response']) in map(answer, s)]
+    return tuple(contrasts(*map(list, zip(*found)), answer, MOST, seed))
 
 def evaluator(seed, rate, loss='pairwise'):
-    "lab-s, tuned to judge the generator's solutions"
-    model, tok = ftlab.load('lab-s')
+    "The generator, tuned to judge its own solutions"
+    model, tok = generator(seed)
+    model = copy.deepcopy(model)
     recipe = Recipe('evaluator', source=contrasted(pairs(seed), LAB),
                     objective=judging(verdict_words(tok, LAB), loss))
     train = problems(2, 'train', seed)
     data = ftlab.data(dict(train=train, validation=train, test=train))
-    ftlab.fit(model, tok, data, recipe, steps=JUDGING, batch_size=BATCH//2, lr=rate, seed=seed,
+    ftlab.fit(model, tok, data, recipe, steps=JUDGING, batch_size=BATCH, lr=rate, seed=seed,
               progress=False)
     return model
 
@@ -99,37 +119,29 @@ def chosen(found, name) -> dict:
     return dict(mean, score=mean[name], gain=mean[name], questions=len(found[name]),
                 items=dict(score=found[name], gain=found[name]))
 
-def greedy(split, seed) -> dict:
-    "The share of questions that the generator's greedy answer solves"
-    rows = problems(GREEDY, split, seed + 2)
-    right = [float(answer(s) == answer(r['response']))
-             for s, r in zip(answers(*generator(seed), rows, LONGEST), rows)]
-    return dict(solved=sum(right)/GREEDY, gain=sum(right)/GREEDY, items=dict(solved=right))
-
 def run(arm, rate, seed, split, steps):
-    if arm == 'first':
-        return greedy(split, seed)
     problem, gold = asked(split, seed)
     said = drawn(seed, split, 1. if arm == 'reranked' else rate)
     if arm == 'majority':
-        found = chosen(outcomes(said, gold, None, TOP, answer), 'maj')
-        return found | dict(mixed=found['score'])
+        return chosen(outcomes(said, gold, None, TOP, answer), 'maj')
     if arm == 'likeliest':
         scores = each_once(problem, said, partial(likelihoods, seed))
         return chosen(outcomes(said, gold, scores, TOP, answer), 'rerank all')
     judge, tok = evaluator(seed, rate), generator(seed)[1]
     scores = each_once(problem, said, lambda c: evaluator_scores(judge, tok, c, LAB).tolist())
     found = chosen(outcomes(said, gold, scores, TOP, answer), 'rerank')
-    return found | dict(mixed=found['weighted'], told=told(said, gold, scores))
+    return found | dict(told=told(said, gold, scores))
 
 def told(solutions, golds, scores) -> float:
-    "How often a right solution has a higher score than a wrong one to the same question; a tie counts half"
+    """How often a right solution scores higher than one with a wrong answer to its question; a tie
+    counts half. What has no answer can't be chosen, and is easy to tell"""
     pairs = [(a, b) for said, gold, s in zip(solutions, golds, scores)
              for x, a in zip(said, s) if answer(x) == answer(gold)
-             for y, b in zip(said, s) if answer(y) != answer(gold)]
+             for y, b in zip(said, s) if answer(y) not in (None, answer(gold))]
     return sum(.5 + .5*((a > b) - (a < b)) for a, b in pairs)/max(len(pairs), 1)
 
-WAYS = {'weighted': 'weighted', 'all': 'rerank all', 'same draws': 'maj', 'one draw': 'pass@1'}
+WAYS = {'weighted': 'weighted', 'all': 'rerank all', 'same draws': 'maj', 'one draw': 'pass@1',
+        'oracle': 'maj top'}
 
 def derive(found) -> dict:
     "Other ways of choosing among the solutions that were reranked"
@@ -137,25 +149,28 @@ def derive(found) -> dict:
     if of is None:
         return {}
     of = {k: v for k, v in of.items() if k != 'items'} # they are those of reranking
-    return {name: dict(of, score=of[key], mixed=of[key]) for name, key in WAYS.items()}
+    return {name: dict(of, score=of[key]) for name, key in WAYS.items()}
 
 def identities() -> dict[str, bool]:
-    splits = {s: {r['prompt'] for r in problems(300, s, 0)}
-              for s in ('train', 'validation', 'test')}
-    said = [[r['response']]*N for r in problems(20, 'test', 0)]
-    gold = [r['response'] for r in problems(20, 'test', 0)]
-    perfect = outcomes(said, gold, [[1.]*N]*20, TOP, answer)
-    return {'no problem is in two splits': not any(splits[a] & splits[b] for a in splits
-                                                   for b in splits if a < b),
-            'the answer follows from the numbers': all(
-                int(answer(r['response']).replace(' ', '')) == sum(numbers(r))
-                for r in problems(300, 'test', 1)),
+    rows = {s: problems(300, s, 0) for s in ('train', 'validation', 'test')}
+    asks = {s: {content(r['prompt']) for r in rows[s]} for s in rows}
+    gold = [r['response'] for r in rows['test'][:20]]
+    perfect = outcomes([[g]*N for g in gold], gold, [[1.]*N]*20, TOP, answer)
+    turned = [' ; '.join([g, ' '.join(reversed(answer(g).replace(' ', ' + ').split()))])
+              for g in gold]
+    return {'no numbers with their sum are in two splits, whatever the order': not any(
+                asks[a] & asks[b] for a in asks for b in asks if a < b),
+            'two of the numbers have the sum, no other two, and they are the answer': all(
+                solved(r['prompt']) == [answer(r['response'])] for r in rows['test']),
             'where all solutions are right, every way of choosing is':
                 all(min(v) == 1 for v in perfect.values()),
-            'a question with one answer has one group': len(clusters([answer(said[0][0])]*N)) == 1}
+            'two numbers in another order are one answer': all(
+                len(clusters([answer(g), answer(t)])) == 1 for g, t in zip(gold, turned))}
 
-def numbers(row) -> tuple:
-    "The numbers of a problem, with their signs, as its text has them"
-    first, *changes = row['prompt'].partition(' :')[0].split(' , ')
-    signed = [int(by)*(1 if verb in MORE else -1) for verb, by in map(str.split, changes)]
-    return int(''.join(w for w in first.split() if w.isdigit())), *signed
+def solved(prompt) -> list[str]:
+    "Every two numbers of a question that have its sum"
+    have, _, want = prompt.partition(':')
+    want = int(''.join(w for w in want.split() if w.isdigit()))
+    have = [w for w in have.split() if w.isdigit()]
+    return [' '.join(sorted(p)) for p in itertools.combinations(have, 2)
+            if sum(map(int, p)) == want]
