@@ -383,19 +383,22 @@ def failed_controls(p: Project, e: dict) -> list[str]:
 
 
 def against(p: Project, e: dict) -> list[str]:
-    """A line for whatever speaks against the sentence, for what differs from the paper, and for an
-    old verdict"""
-    result = json.loads((p.root/e['evidence']).read_text(encoding='utf-8'))
-    spec = tomllib.loads((p.root/e['claims'][0]).read_text(encoding='utf-8'))
+    """A line for whatever speaks against the sentence, for what differs from the paper, and for
+    each earlier verdict"""
+    claim, evidence, n = p.root/e['claims'][0], p.root/e['evidence'], 1
+    read = lambda path: tomllib.loads(path.read_text(encoding='utf-8'))
+    result, spec = json.loads(evidence.read_text(encoding='utf-8')), read(claim)
     out = [f'also seen: {x}' for x in (*result.get('also_seen', ()), *result.get('noted', ()))]
     out += [f'excluded in {arm}: {why} ({", ".join(map(str, counts))} of each seed)'
             for arm, of in (result.get('excluded') or {}).items() for why, counts in of.items()]
     out += [f'differs from the paper: {x}' for x in spec.get('differs', ())]
     out += [f'left out: {x}' for x in spec.get('left_out', ())]
-    earlier = (p.root/e['evidence']).with_suffix('.1.json')
-    if earlier.exists():
+    while (earlier := evidence.with_suffix(f'.{n}.json')).exists():
         was = json.loads(earlier.read_text(encoding='utf-8'))['verdict']
-        out.append(f'an earlier claim on this paper came to *{was}*, and was superseded: {spec["superseded"]}')
+        n += 1
+        after = claim.with_suffix(f'.{n}.toml') # the claim that took its place says why
+        why = read(after if after.exists() else claim)['superseded']
+        out.append(f'an earlier claim on this paper came to *{was}*, and was superseded: {why}')
     return out
 
 
