@@ -65,6 +65,13 @@ def test_a_failed_control_is_named_beside_the_verdict():
             seen.add(c['ok'])
     assert True in seen or not any((ROOT/'claims'/k/'result.json').exists() for k in FILES)
 
+def test_each_earlier_verdict_stands_with_the_reason_of_the_claim_that_took_its_place():
+    "ELM has two: the first held and was asked anew, the second had no room"
+    shown = said(FILES['elm'], 'verdict')
+    first, second = (line for line in shown.splitlines() if line.startswith('- an earlier claim'))
+    assert 'came to *holds*' in first and 'The numbers stood when checked' in first
+    assert 'came to *unclear*' in second and 'No test seed was run' in second
+
 def test_a_verdict_that_disappoints_has_its_likely_reason():
     "A reason is a guess, or points to what the run shows; it has no link, which would break on the scoreboard"
     board = said('papers/scoreboard.ipynb', 'reasons')
