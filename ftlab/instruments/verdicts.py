@@ -183,7 +183,7 @@ def judged(result:Mapping) -> tuple[str, str]: # verdict, and the reason if the 
         return 'unclear', 'a control failed'
     if any(why.startswith(('no room', 'no common gain')) for _, why in found):
         v = 'unclear' # also beside a contrast that fails
-    return v, '; '.join(why for _, why in found if why) if v == 'unclear' else ''
+    return v, '; '.join(dict.fromkeys(why for _, why in found if why)) if v == 'unclear' else ''
 
 def verdict(result:Mapping) -> str:
     "Return the verdict on a result: the first part of `judged`"
