@@ -163,7 +163,7 @@ def _rows(c:Claim) -> list[dict]:
 
 def _effect(c:dict) -> dict:
     "Return the columns of one contrast; without numbers where it was not run"
-    said = dict(contrast=c['name'], each=contrast_verdict(c)[0], margin=c['margin'], kind=c['kind'],
+    said = dict(contrast=c['name'], each=contrast_verdict(c)[0], margin=abs(c['margin']), kind=c['kind'],
                 primary=c.get('primary', True))
     if not c['treatment']:
         return said

@@ -20,7 +20,7 @@ from ftlab.instruments.rates import SEEDS
 from ftlab.instruments.real import data_folder, lacks_real, real_bench
 from ftlab.instruments.runs import papers_code
 from ftlab.instruments.verdicts import (EDITION, arms_said, check_reviewed, contrast,
-                                        ahead, contrast_verdict, hangs, judged,
+                                        ahead, bar_of, contrast_verdict, hangs, judged,
                                         lacks_room, read_claim, room, verdict)
 
 CLAIMS = papers.claims() + papers.real_claims()
@@ -38,7 +38,7 @@ def test_the_verdict_follows_from_the_numbers(claim):
     assert (r['verdict'], r['reason']) == judged(r) and r['sentence'] == claim.spec['sentence']
     assert r['seeds'] == claim.spec['seeds'] and r['scope'] == claim.spec['scope']
     said = [(c['name'], c['kind'], c['margin'], c['primary']) for c in r['contrasts']]
-    assert said == [(c['name'], c['kind'], c['margin'], c.get('primary', False))
+    assert said == [(c['name'], c['kind'], bar_of(c), c.get('primary', False))
                     for c in claim.spec.get('contrast', ())], 'the contrasts are not those of the file'
     for c in r['contrasts']:
         assert len(c['treatment']) == len(c['baseline']) in (0, len(r['seeds'])) and 'trivial' in c
@@ -129,6 +129,17 @@ def test_lower_is_better_turns_the_effect_round():
     c = dict(name='', kind='superiority', margin=.05, treatment=[.1, .11, .12, .1, .09],
              baseline=[.3, .31, .29, .3, .33])
     assert contrast(c | dict(higher_is_better=False))['verdict'] == 'holds' and contrast(c)['verdict'] == 'fails'
+
+def test_on_par_is_superiority_to_minus_the_margin_with_either_sign_of_the_margin():
+    levels = dict(treatment=[.1, .11, .12, .1, .09], baseline=[.13, .12, .15, .13, .12],
+                  tuning=dict(treatment=.1, baseline=.13, trivial=0.))
+    above, half = effects() | levels | dict(margin=-.05), dict(name='half', effects=[-.1])
+    par, signed = (above | dict(kind='noninferiority', margin=m, worse=half) for m in (.05, -.05))
+    assert contrast(par) == contrast(signed) == contrast(above)
+    assert judged(dict(contrasts=[par]))[0] == 'holds'
+    for more in ({}, dict(worse=half | dict(effects=[-.02])),
+                 dict(tuning=dict(levels['tuning'], trivial=.1))):
+        assert judged(dict(contrasts=[par | more])) == judged(dict(contrasts=[signed | more]))
 
 def test_four_seeds_or_a_missing_number_give_no_verdict():
     c = dict(name='few', kind='superiority', margin=0, treatment=[1.]*4, baseline=[0.]*4)

@@ -432,8 +432,8 @@ class Part:
     def tuning_row(self, c, plan) -> dict:
         "Return a contrast after tuning: its rates, and the levels on the tuning seeds"
         seen = self.levels(c, plan, 'validation', self.seeds)
-        row = {k: c[k] for k in ('name', 'kind', 'margin', 'metric')}
-        row |= dict(primary=c.get('primary', False), arms=[c['treatment'], c['baseline']],
+        row = {k: c[k] for k in ('name', 'kind', 'metric')}
+        row |= dict(margin=bar_of(c), primary=c.get('primary', False), arms=[c['treatment'], c['baseline']],
                     higher_is_better=c.get('higher_is_better', True),
                     trivial=dict(name=c['trivial']['name'], values=[]))
         row |= {k: c[k] for k in ('best',) if k in c}
@@ -769,7 +769,7 @@ def replay(claim:Claim, seed:int) -> list[dict]:
         if rates not in known:
             known[rates] = part.found(row, seed, 'test')
         sign = 1 if row['higher_is_better'] else -1
-        out.append(dict(name=row['name'], margin=row['margin'],
+        out.append(dict(name=row['name'], margin=abs(row['margin']),
                         stored=sign*(row['treatment'][i] - row['baseline'][i]),
                         new=effect(c, known[rates], row['target'])))
     return out

@@ -26,8 +26,8 @@ __all__ = ['KINDS', 'VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', '
 KINDS = ('superiority', 'noninferiority', 'equivalence')
 
 def bar_of(c:Mapping) -> float:
-    "Return what the effect must be above: the margin, or for noninferiority minus the margin"
-    return -float(c['margin']) if c['kind'] == 'noninferiority' else float(c['margin'])
+    "Return what the effect must be above: the margin, or for noninferiority minus the margin; results have its sign"
+    return -abs(float(c['margin'])) if c['kind'] == 'noninferiority' else float(c['margin'])
 
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
             ) -> dict: # verdict, and mean, low, high, n of the effect; positive in the claim's favour
@@ -60,7 +60,7 @@ def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse
                trivial:float|None               # mean of the trivial alternative; None: never at the target gain
               ) -> str:   # the reason; '' if there is room
     "Say why two arms have no room to differ"
-    sign, m = (1 if c.get('higher_is_better', True) else -1), float(c['margin'])
+    sign, m = (1 if c.get('higher_is_better', True) else -1), abs(float(c['margin']))
     better = lambda x: math.inf if trivial is None else sign*(x - trivial)
     if c['kind'] != 'superiority':
         # a treatment that is plainly worse fails; it does not lack room
@@ -80,7 +80,7 @@ def _tells_apart(c, gap:float) -> bool:
     """Return whether an arm that is known to be worse falls outside the margin; `gap` is that arm
     minus the baseline"""
     worse = gap if c.get('higher_is_better', True) else -gap
-    return worse < -c['margin'] or (c['kind'] == 'equivalence' and worse > c['margin'])
+    return worse < -abs(c['margin']) or (c['kind'] == 'equivalence' and worse > c['margin'])
 
 def _too_near(c) -> str:
     """Say why a baseline near the best value leaves open what the interval decides; '' if it is not
