@@ -5198,6 +5198,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families._setting_words': ( 'instruments/families.html#_setting_words',
                                                                                            'ftlab/instruments/families.py'),
+                                            'ftlab.instruments.families._three': ( 'instruments/families.html#_three',
+                                                                                   'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.answer': ( 'instruments/families.html#answer',
                                                                                    'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.answer_words': ( 'instruments/families.html#answer_words',

@@ -348,8 +348,7 @@ def real_counts(p: Project) -> str:
 
 def _counted(p: Project, entries: list[dict], what: str) -> str:
     claimed = [e for e in entries if e['claims']]
-    said = [(n, v) for v in WORDS if (n := sum(e['verdict'] == v for e in claimed))]
-    parts = [f'**{n}** {(ONE if n == 1 else WORDS)[v]}' for n, v in said]
+    parts = [f'**{n}** {words}' for n, words in _tally([e['verdict'] for e in claimed])]
     if waiting := sum(e['verdict'] is None for e in claimed):
         parts.append(f'**{waiting}** not yet run')
     text = (f'Of {len(claimed)} {what}, each written down before its run and judged by one fixed rule: '
@@ -360,8 +359,12 @@ def _counted(p: Project, entries: list[dict], what: str) -> str:
               if c.get('primary', True)]
     if not single:
         return text
-    each = ', '.join(f'{n} {WORDS[v]}' for v in WORDS if (n := single.count(v)))
+    each = ', '.join(f'{n} {words}' for n, words in _tally(single))
     return f'{text} A claim holds only if every contrast that decides it holds: of these {len(single)}, {each}.'
+
+
+def _tally(verdicts: list) -> list[tuple[int, str]]:
+    return [(n, (ONE if n == 1 else WORDS)[v]) for v in WORDS if (n := verdicts.count(v))]
 
 
 def failed_controls(p: Project, e: dict) -> list[str]:
@@ -484,9 +487,9 @@ def made(root: Path) -> dict[str, str]:
             p.fill(f'{part}/{name}/index.ipynb', dict(papers=family(p, part, name)))
     p.fill('methods.ipynb', dict(which=which(p), measured=measured(p), methods=methods(p)))
     p.fill('commands/merge.ipynb', dict(rules=rules(p)))
-    p.fill('index.ipynb', dict(families=families(p),
-                               counts=counts(p) + ' [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))
     both = f'{counts(p)} {real_counts(p)}'.rstrip()
+    p.fill('index.ipynb', dict(families=families(p),
+                               counts=f'{both} [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))
     p.fill('papers/scoreboard.ipynb', dict(counts=both, reasons=reasons(p)))
     p.store('papers/scoreboard.ipynb', 'HTML(scoreboard_html(board))', scoreboard_html(board))
     p.store('papers/table.ipynb', 'HTML(papers_html())', papers_html())

@@ -160,8 +160,9 @@ FIND_THE_TRAP = Exercise(
       'You give the same answer for all. Each trap is in one file, and one file is sound.')),
     difficulty=2, minutes=20,
     means='In none of the six is a number wrong. What is wrong is what the numbers are compared with, or what '
-          'is missing. So read what surrounds the results before the results. The rule itself sees '
-          'ceiling and floor; the other traps need a reader who asks.')
+          'is missing. So read what surrounds the results before the results. The rule sees '
+          'ceiling and floor, and it refuses one seed and unequal rates; pooling and dropped answers '
+          'need a reader who asks.')
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f13
 BROKEN = '''edition = 2

@@ -181,8 +181,8 @@ SMALLEST_CIRCUIT = compared(
      (_most_missed, 'You leave out the head that is missed most. Leave out the one that is missed least.'),
      (_absolute, 'The limit is a share of the score of all heads, not of 1.')),
     difficulty=3, minutes=20,
-    means='The set that you get is small and it suffices; it need not be the only one, nor the smallest. Here C can do '
-          'what A does, so another order may keep C. And a circuit found on some prompts must be tested on others, '
-          'beside random sets of as many heads.')
+    means='The set that you get is small and it suffices; it need not be the only one, nor the smallest. In one of the '
+          'tests, C can do what A does, so another order may keep C. And a circuit found on some prompts must be '
+          'tested on others, beside random sets of as many heads.')
 
 EXERCISES = (ABLATE_HEAD, RECOVERED, SMALLEST_CIRCUIT)

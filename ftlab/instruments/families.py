@@ -63,12 +63,16 @@ def answer_words(methods:Mapping[str, Mapping], concern:Concern,
     found = answer(methods, concern)
     if found is None:
         return 'not measured'
-    said = f'`{found["best"]}`: {found["value"]:.3g} {concern.unit}'
+    said = f'`{found["best"]}`: {_three(found["value"])} {concern.unit}'
     if not (also := found['also']):
         return said if found['of'] > 1 else f'{said} (alone)'
     names = ', '.join(f'`{n}`' for n in also[:most])
     more = f' and {len(also) - most} more' if len(also) > most else ''
     return f'{said}; not told apart: {names}{more}'
+
+def _three(value) -> str:
+    "Three digits, and commas where there are more"
+    return f'{float(f"{value:.3g}"):,.0f}' if abs(value) >= 100 else f'{value:.3g}'
 
 def entries_of(result:Mapping) -> dict[str, Mapping]:
     """Return the settings of a result file by name: those of a family, or the only one of a kind of
