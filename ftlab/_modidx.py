@@ -6282,6 +6282,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftlab.lab.pretrain._batches_of_step': ('lab/pretrain.html#_batches_of_step', 'ftlab/lab/pretrain.py'),
                                     'ftlab.lab.pretrain._begun': ('lab/pretrain.html#_begun', 'ftlab/lab/pretrain.py'),
                                     'ftlab.lab.pretrain._load_state': ('lab/pretrain.html#_load_state', 'ftlab/lab/pretrain.py'),
+                                    'ftlab.lab.pretrain._made_here': ('lab/pretrain.html#_made_here', 'ftlab/lab/pretrain.py'),
                                     'ftlab.lab.pretrain._optimizers': ('lab/pretrain.html#_optimizers', 'ftlab/lab/pretrain.py'),
                                     'ftlab.lab.pretrain._save_state': ('lab/pretrain.html#_save_state', 'ftlab/lab/pretrain.py'),
                                     'ftlab.lab.pretrain._skills_on_the_way': ( 'lab/pretrain.html#_skills_on_the_way',

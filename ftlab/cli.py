@@ -621,7 +621,7 @@ def parser() -> argparse.ArgumentParser:
                             description=textwrap.fill(about[0].upper() + about[1:] + '.', 78),
                             epilog=f'example:\n  {example}')
         arguments(p)
-        p.add_argument('--json', action='store_true', help='print one JSON object and nothing else')
+        p.add_argument('--json', action='store_true', help='print the result as JSON and nothing else')
         p.add_argument('--debug', action='store_true', help='show the traceback of an error')
         p.set_defaults(run=run, options={x.dest for x in p._option_string_actions.values()})
     return top

@@ -288,6 +288,8 @@ def test_a_paper_is_found_by_its_key_its_number_and_its_title(call):
 def test_methods_and_skills(call):
     code, out, err = call('methods --json')
     assert code == 0 and {'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(json.loads(out))
+    about = [m['about'] for m in json.loads(out).values()] # whole lines, about the method
+    assert not [a for a in about if a[-1:] in ('', ':', ';', ',') or 'Raises' in a]
     assert ' at 0x' not in out and "reward: 'Callable' = judge" in json.loads(out)['grpo']['arguments']
     code, out, err = call('skills --model {d}/lm')
     assert code == 1 and 'does not speak the words of the lab' in err
@@ -595,9 +597,10 @@ def test_a_merge_never_writes_into_what_is_there(call, tuned, tmp_path):
     (tmp_path/'full').mkdir()
     (tmp_path/'full/mine').write_text('keep')
     (tmp_path/'file').write_text('keep')
-    for out in ('full', 'file'):
+    for out, why in (('full', 'is not empty; name a new folder'),
+                     ('file', 'exists and is a file; name another path')):
         code, said, err = call(f'merge {tuned}/a {tuned}/b --out {out}')
-        assert code == 1 and f"--out '{out}' is not empty; name a new folder" in err
+        assert code == 1 and f"--out '{out}' {why}" in err
     assert (sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'full', 'mine']
             and 'with --out' in call(f'merge {tuned}/a {tuned}/b')[2])
 

@@ -767,8 +767,13 @@ def test_a_taken_port_gives_way_and_that_is_said(monkeypatch):
         assert used > port and f'--port={used}' in command
         with pytest.raises(OSError, match='name another'):
             jupyter.free_port(port, tries=1)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match='port is 70000; a port is from 1 to 65535'):
         jupyter.free_port(70000)
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 65535))
+        taken.listen()
+        with pytest.raises(OSError, match='no port from 65535 to 65535 is free'):
+            jupyter.free_port(65535)
 
 def test_a_lab_without_the_course_says_what_to_do(monkeypatch):
     monkeypatch.setattr('ftlab.map.checkout', lambda: None)

@@ -139,3 +139,5 @@ def test_a_run_leaves_a_model_that_loads(tmp_path):
             == model.num_parameters())
     with pytest.raises(ValueError, match='lab-l is made differently.*pretrain_large'):
         pretrain('lab-l', tmp_path/'other')
+    with pytest.raises(ValueError, match="no lab model is called 'lab-x'; there are lab-s"):
+        pretrain('lab-x', tmp_path/'other')

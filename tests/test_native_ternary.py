@@ -213,7 +213,9 @@ def test_it_is_saved_and_loaded_whole(tmp_path):
                           (dict(x=torch.tensor([1., float('nan')]), keep=1), 'finite'),
                           (dict(x=torch.randn(3, dtype=torch.float64)), 'float64'),
                           (dict(x=torch.zeros(4, 6).t()), 'not contiguous'),
-                          (dict(x=torch.randn(5), keep=6), 'from 1 to 5'),
+                          (dict(x=torch.randn(5), keep=6), 'keep is 6; it must be from 1 to 5'),
+                          (dict(x=[torch.ones(5)]*2, keep=0), 'keep is 0; it must be from 1 to 10'),
+                          (dict(x=[], keep=1), 'no tensors'),
                           (dict(x=torch.randn(5), keep=2, scale=float('nan')), 'scale is nan'),
                           (dict(x=torch.ones(5), scale=1e60), 'scale')])
 def test_what_cannot_be_packed_is_refused(call, say):

@@ -16,7 +16,7 @@ def add_export(p:argparse.ArgumentParser) -> None:
     "Add the arguments of `ftlab export`"
     add = p.add_argument
     add('folder', metavar='RUN', help='a finished run, the folder that ftlab fit or ftlab winner wrote')
-    add('--out', required=True, metavar='PATH', help='the new folder to write')
+    add('--out', required=True, metavar='PATH', help='the new folder to write; with --form gguf the new file')
     add_form(p)
     add('--model', metavar='NAME', help='the base (default: the one that run.json names)')
     add('--revision', metavar='NAME', help='revision of the base (default: the one that run.json names)')

@@ -166,9 +166,11 @@ def refuse_unused(a:argparse.Namespace, options:str, why:str):
 def new_folder(path:str,  # as the user typed it
                option:str # the option that named it
               ) -> Path:
-    """Return a folder that may be written. Raises `FileExistsError` if it is not empty, before the
-    work and not after it."""
+    """Return a folder that may be written. Raises `FileExistsError` if it is a file or a folder that is
+    not empty, before the work and not after it."""
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f'{option} {path!r} exists and is a file; name another path')
+    if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f'{option} {path!r} is not empty; name a new folder')
     return folder

@@ -145,11 +145,12 @@ def _export_cells(data) -> list[tuple[str, str]]:
         ('code', f"tuned, tuned_tok = ftlab.load(f'./{{folder}}')\n{ask}")]
 
 # %% ../../nbs/commands/init.ipynb #9cebacbd
-def start_notebook(a:argparse.Namespace, # model, data, eval, columns, carry, wanted, empty, revision
+def start_notebook(a:argparse.Namespace, # as `ftlab init` parses it
                    data,                 # the rows, read once so that an error shows now
                    out:Path              # where the notebook will be
                   ) -> dict:             # in the notebook format 4.5
-    "Return a notebook for one model and data set"
+    """Return a notebook for one model and data set. Of `a` it reads model, data, eval, columns, carry, wanted,
+    empty, labels, revision, add_tokens and add_special_tokens."""
     parts = [*_data_cells(a, data, out), *_reading_cells(data), *_budget_cells(a, data, out),
              *_work_cells(a, data, out), *_export_cells(data)]
     code = dict(cell_type='code', outputs=[], execution_count=None)

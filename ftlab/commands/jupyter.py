@@ -21,8 +21,12 @@ __all__ = ['free_port', 'lab_settings', 'widgets_folder', 'no_screen', 'ended_by
 
 # %% ../../nbs/commands/jupyter.ipynb #001b513c
 def free_port(port:int, tries:int=50) -> int:
-    """Return `port`, or the next free one; raises `OSError` if none of `tries` ports is free"""
-    for p in range(port, min(port + tries, 65536)):
+    """Return `port`, or the next free one; raises `OSError` if none of `tries` ports is free, or if `port`
+    is above 65535"""
+    if port > 65535:
+        raise OSError(f'port is {port}; a port is from 1 to 65535')
+    end = min(port + tries, 65536)
+    for p in range(port, end):
         with socket.socket() as s:
             if os.name != 'nt':
                 s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # a port that was just closed is free
@@ -31,7 +35,7 @@ def free_port(port:int, tries:int=50) -> int:
                 return p
             except (OSError, OverflowError):
                 continue
-    raise OSError(f'no port from {port} to {port + tries - 1} is free; name another: '
+    raise OSError(f'no port from {port} to {end - 1} is free; name another: '
                   'ftlab lab --port 9000, or make lab PORT=9000')
 
 def lab_settings(folder:str|Path) -> Path:

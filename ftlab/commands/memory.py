@@ -157,8 +157,8 @@ def _stage_bytes(model, stage, labels, shape, precision, recompute) -> dict:
         return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta,
                     gradients=_size(moving),
                     optimizer=_optimizer_bytes(model, stage, att.parameters()),
-                    # the gradient of the logits, and two copies on the way through the loss
                     reference=reference,
+                    # the gradient of the logits, and two copies on the way through the loss
                     activations=passes*(kept + 3*logits) + _made_whole(weights))
 
 # %% ../../nbs/commands/memory.ipynb #000a513c

@@ -98,7 +98,7 @@ def _check_adapters(paths:list[Path], of_runs:dict) -> None:
 
 def base_of(paths:list[Path],      # of saved changes
             a:argparse.Namespace   # `--model` and `--revision` take precedence
-           ) -> dict:              # model, revision, labels, seed, head
+           ) -> dict:              # model, revision, labels, seed, head, add_tokens, quantize
     """Return the one base of several changes, as the runs beside them name it. Raises `ValueError`
     if they name different bases, or none."""
     records = _records(paths)

@@ -71,7 +71,8 @@ def prompts_for(data:Data, # what the run trains on; its skill is no old skill
                 seed:int=0 # of the lab's questions
                ) -> list[str]:
     """Return the prompts on which to harvest a model's abilities, each once.
-    Raises `ValueError` for a classifier, and for a file without prompts"""
+    Raises `ValueError` for a classifier and for a file without prompts, and `FileNotFoundError` if there is no
+    such file."""
     if data.kind == 'label':
         raise ValueError("old='auto' asks the model for answers, but a classifier has none before it is trained; "
                          'give old data with the same labels')

@@ -402,7 +402,7 @@ class Checked:
 def check(yours:Callable,     # your function or class itself, without brackets after it
           name:str|None=None  # the exercise, if yours has another name
          ) -> Checked:
-    "Test what you wrote; raises `ValueError` only if no exercise has its name"
+    "Test what you wrote; raises `ValueError` only if it has no name, or none of an exercise"
     called = name or getattr(yours, '__name__', None)
     if called is None or called == '<lambda>':
         raise ValueError('check takes the function or class itself, such as '

@@ -27,7 +27,7 @@ POOLS = ('old', 'new', 'easy', 'copy')
 FACT_TIERS = ((1, .87), (2, .10), (3, .03))
 
 def pool_mixture(pool:str) -> list[tuple[str, tuple[int, ...], float]]:
-    """Return what a pool holds, as (skill, levels to draw from, share of the documents).
+    """Return what a pool holds, as (skill, levels to draw from, relative weight).
     Raises `ValueError` for an unknown pool."""
     if pool not in POOLS:
         raise ValueError(f'pool is {pool!r}; it must be one of {", ".join(POOLS)}')

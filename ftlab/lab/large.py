@@ -274,7 +274,7 @@ CHANGES = dict(
     answers=dict(prompts=False),           # predict only answers
     whole=dict(easy=0., copy=0.),          # no easy documents first
     more_new=dict(new=.75),                # less of lab-m's text
-    small_steps=dict(rows=256),            # twice as many steps of half the rows
+    small_steps=dict(rows=256),            # half the rows per step
     every_word=dict(every_word=.05))       # also predict random words, with a small weight
 PUBLISHED = Plan(**CHANGES['wide'], **CHANGES['answers'], **CHANGES['more_new']) # the winner, from which lab-l was made
 

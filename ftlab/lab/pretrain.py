@@ -19,7 +19,7 @@ __all__ = ['mixture', 'pretraining_rows', 'to_batches', 'hide', 'predictions', '
 
 # %% ../../nbs/lab/pretrain.ipynb #0005eae4
 def mixture(name:str) -> list[tuple[str, int|None, float]]:
-    """Return what the model `name` reads, as (skill, level, share).
+    """Return what the model `name` reads, as (skill, level, relative weight).
     Facts come from the three tiers, 87 : 10 : 3."""
     parts = [(k, None, s.weight) for k, s in SKILLS.items() if s.weight and k != 'fact']
     parts += [('fact', lv, SKILLS['fact'].weight*w) for lv, w in ((1, .87), (2, .10), (3, .03))]
@@ -219,6 +219,14 @@ def _skills_on_the_way(name, model, tok, world) -> dict[str, float]:
     return found
 
 # %% ../../nbs/lab/pretrain.ipynb #c20eeae4
+def _made_here(name:str) -> dict:
+    "Return the settings of a lab model that `pretrain` makes"
+    if name not in MODELS:
+        raise ValueError(f'no lab model is called {name!r}; there are lab-s, lab-m and lab-e')
+    if MODELS[name]['version'] != 'lab-v1':
+        raise ValueError(f'{name} is made differently: see ftlab.lab.large.pretrain_large')
+    return MODELS[name]
+
 def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
              out:str|Path,      # folder for the model, its revisions `step-N`, and the state to resume from
              seed:int=0,        # of the weights and of the rows; the world is LabWorld(0)
@@ -226,10 +234,9 @@ def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
              every:int=100,     # steps between two saved states
              until:int|None=None # stop after this step, to resume later
             ) -> Path:          # the finished model's folder
-    "Pretrain a lab model; resume if called again after an interruption. Raises `ValueError` for lab-l."
-    m = MODELS[name]
-    if m['version'] != 'lab-v1':
-        raise ValueError(f'{name} is made differently: see ftlab.lab.large.pretrain_large')
+    """Pretrain a lab model; resume if called again after an interruption.
+    Raises `ValueError` for lab-l and for an unknown name."""
+    m = _made_here(name)
     steps = steps or m['steps']
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ class Skill:
     "One skill: how to draw a question and how to judge an answer"
     name:str                  # as used everywhere, e.g. 'reverse'
     draw:Callable             # (world, rng, level) -> (prompt, answer)
-    weight:float=0.           # its share of the pretraining text, 0 for skills that the models never saw
+    weight:float=0.           # relative weight in the pretraining rows, 0 for skills that the models never saw
     judge:Callable=exact      # (prompt, answer, output) -> score in [0, 1]
     replaces:str|None=None    # the old skill that this one contradicts, if any
 
@@ -127,7 +127,7 @@ def fact(w, r, level):
     return r.choice(ASK).format(a=a, p=p), w.facts[p, a]
 
 def atlas(w, r, level):
-    """A fact about a person of the atlas, which only the larger model has read.
+    """A fact about a person of the atlas, which only lab-m and lab-l have read.
     Every level is the same."""
     p, a = r.choice(w.people['atlas']), r.choice(list(ATTRIBUTES))
     return r.choice(ASK).format(a=a, p=p), w.facts[p, a]

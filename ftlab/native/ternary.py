@@ -129,8 +129,8 @@ def pack_ternary(x:Tensor|Sequence[Tensor],  # one, or several that share a scal
     """Pack numbers that are 0, s and -s, or the signs of the `keep` largest, into two bits each.
 
     The largest are selected over all tensors together. Ties go to the lowest index, and a 0 among
-    the largest stays 0. Raises `ValueError` without `keep` if a tensor is not ternary, and for NaN
-    or infinity among the numbers kept."""
+    the largest stays 0. Raises `ValueError` without `keep` if a tensor is not ternary, for a `keep`
+    that is not from 1 to the count of all numbers, and for NaN or infinity among those kept."""
     single = isinstance(x, Tensor)
     xs = [x] if single else list(x)
     for i, t in enumerate(xs):
@@ -141,6 +141,9 @@ def pack_ternary(x:Tensor|Sequence[Tensor],  # one, or several that share a scal
         own = _own_scale(xs)
         planes = [_planes(t) for t in xs]
     else:
+        total = sum(t.numel() for t in xs)
+        if xs and not 1 <= keep <= total:
+            raise ValueError(f'keep is {keep}; it must be from 1 to {total}')
         masks = kth_magnitude(xs, keep, 'mask')
         planes = [(p.bitwise_and_(m), n.bitwise_and_(m))
                   for m, (p, n) in zip(masks, map(_planes, xs))]

@@ -70,8 +70,8 @@ def breadcrumbs(beta:float=.85, # the share of the entries, the smallest ones, t
                 gamma:float=.994, # entries above this quantile are dropped
                 per:str='tensor' # rank within each tensor, or each 'row' as in the official code
                ) -> Recipe:
-    """Fine-tune all weights and keep the breadcrumbs of the change:
-    one task's part of a merge, to be added to others by `merge`"""
+    """Fine-tune all weights and keep only the middle of the change (Model Breadcrumbs).
+    It is one task's part of a merge, to be added to others by `merge`."""
     return Recipe(edit=middle(beta, gamma, per))
 
 def merge_breadcrumbs(changes:list[Mapping], # one change a task, all from one base

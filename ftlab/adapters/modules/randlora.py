@@ -120,7 +120,8 @@ def randlora(r:int=32,              # the rank of one random term; smaller means
              scale:str='peft',      # 'peft': alpha/r; 'paper': alpha/(r sqrt(N))
              seed:int|None=None     # of the bases; None: the seed of the run; peft's default is 0
             ) -> Recipe:
-    """Apply RandLoRA to the matrices in `targets`. Raises `ValueError` for an unknown `scale`."""
+    """Apply RandLoRA to the matrices in `targets`.
+    Raises `ValueError` for an unknown `scale`."""
     if scale not in SCALES:
         raise ValueError(f'scale is {scale!r}; it must be {" or ".join(map(repr, SCALES))}')
     where = named(targets) if isinstance(targets, str) else parts(*targets)
