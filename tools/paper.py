@@ -1,6 +1,6 @@
 """Begin a paper: its page, its claim and its test, from its row in the catalogue, ready to fill in.
 
-    make paper KEY=noisefit [KIND=study]        or: python tools/paper.py noisefit [--kind study]
+    make paper KEY=model_soups [KIND=study]        or: python tools/paper.py model_soups [--kind study]
 
 What is to be written says FILL IN; a claim that still says it cannot be run. Then every generated list is made again.
 """
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument('--kind', choices=KINDS, help='what it is built as, where the catalogue does not say')
     a = parser.parse_args()
     if not a.key:
-        parser.error('name the paper: make paper KEY=noisefit')
+        parser.error('name the paper: make paper KEY=model_soups')
     try:
         print('\n'.join(begin(ROOT, a.key, a.kind)))
     except (ValueError, FileExistsError) as e:
