@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from ftlab.core.batches import batch_at, collate, indices, order
 from ftlab.core.data import Data, data
-from ftlab.core.tokens import encode, encode_all, pieces_of, prompt_ids
+from ftlab.core.tokens import encode, encode_all, encode_each, pieces_of, prompt_ids
 from ftlab.lab.models import lab_tokenizer
 from ftlab.lab.world import LabWorld, split_of
 
@@ -39,10 +39,10 @@ WRONG = {
     'empty response': ('d.jsonl', GOOD*2 + '{"prompt": "b", "response": ""}\n',
                        ['d.jsonl, line 3', 'response is empty']),
     'broken line': ('d.jsonl', GOOD*4 + '{"prompt": "a", \n', ['d.jsonl, line 5', 'not JSON']),
-    'not an object': ('d.jsonl', GOOD + '[1, 2]\n', ['d.jsonl, line 2', 'a list']),
+    'not an object': ('d.jsonl', GOOD + '[1, 2]\n', ['d.jsonl, line 2', 'is of type list']),
     'None': ('d.jsonl', GOOD + '{"prompt": "a", "response": null}\n', ['line 2', 'None or NaN']),
     'NaN': ('d.jsonl', GOOD + '{"prompt": "a", "response": NaN}\n', ['line 2', 'None or NaN']),
-    'a number': ('d.jsonl', GOOD + '{"prompt": "a", "response": 7}\n', ['line 2', "'7', a int", 'must be text']),
+    'a number': ('d.jsonl', GOOD + '{"prompt": "a", "response": 7}\n', ['line 2', 'is 7, of type int', 'must be text']),
     'no rows': ('d.jsonl', '', ['d.jsonl has no rows']),
     'csv without rows': ('d.csv', 'prompt,response\n', ['d.csv has no rows']),
     'ragged csv': ('d.csv', 'prompt,response\n"a\nb",c\nd,e,f\n', ['d.csv, line 4', '3 cells', 'the header has 2']),
@@ -195,7 +195,7 @@ def test_pairs_are_text_whose_rejected_answers_ride_along(write):
 @pytest.mark.parametrize('row, says',
                          [(dict(rejected=''), ['train row 2: rejected is empty']),
                           (dict(rejected=None), ['row 2: rejected has no value']),
-                          (dict(rejected=3), ["rejected is '3', a int"]),
+                          (dict(rejected=3), ['rejected is 3, of type int; it must be text']),
                           (dict(chosen=' '), ['chosen is empty']),
                           (dict(rejected=[dict(role='assistant', content='b')]),
                            ['rejected is a list', 'give prompt, chosen and rejected as text'])])
@@ -243,6 +243,8 @@ def test_rare_labels_stay_in_train():
     rows = [dict(text=f'other {i}', label='common') for i in range(100)] + [dict(text=lost, label='rare')]
     d = data(rows)
     assert 'rare' in {d.labels[r['label']] for r in d.train} and 'rare labels' in d.note
+    several = data(rows + 2*[dict(text=lost, label='common')])
+    assert '3 rows of rare labels' in several.note and several.counts['kept_in_train'] == 3
 
 # ---- splits
 def test_hash_split_keeps_questions_apart_and_rows_in_place():
@@ -273,7 +275,7 @@ def test_folder(write):
     with pytest.raises(ValueError, match='two files for validation'):
         data('mine')
     write('empty/readme.txt', 'x')
-    with pytest.raises(FileNotFoundError, match='no train.jsonl.*readme.txt'):
+    with pytest.raises(FileNotFoundError, match='no train.jsonl.*train.tsv or.*readme.txt'):
         data('empty')
 
 def test_n_is_a_seeded_subset():
@@ -468,8 +470,9 @@ def test_truncation_counts_and_refuses():
     assert (encode_all(rows, tok, 'text', max_length=13).dropped == 0
             and encode_all(rows, tok, 'text', max_length=whole).truncated == 0)
     for bad in (dict(max_length=0), dict(max_length=5, keep='left')):
-        with pytest.raises(ValueError):
-            encode_all(rows, tok, 'text', **bad)
+        for each in (encode_all, encode_each):
+            with pytest.raises(ValueError, match='it must be'):
+                each(rows, tok, 'text', **bad)
     with pytest.raises(ValueError, match='no rows'):
         encode_all([], tok, 'text')
 
@@ -498,8 +501,11 @@ def test_indices_cover_every_pass_and_depend_on_nothing_else():
             and len({tuple(order(n, e, 5).tolist()) for e in range(6)}) > 1)
     assert sorted(indices(0, 2*n, n)) == sorted(list(range(n))*2)   # a batch larger than the data
     assert order(1000, 0, 1).tolist() != order(1000, 1, 0).tolist()
-    with pytest.raises(ValueError):
-        indices(0, 3, 0)
+    for wrong, says in (((-1, 3, 7), 'step is -1; it must be at least 0'),
+                        ((0, 0, 7), 'batch_size is 0; it must be at least 1'),
+                        ((0, 3, 0), 'n, the number of rows, is 0; it must be at least 1')):
+        with pytest.raises(ValueError, match=f'^{says}$'):
+            indices(*wrong)
 
 def test_batch_at_resumes():
     rows = [dict(input_ids=[i]*(1 + i % 3), labels=[i]*(1 + i % 3)) for i in range(10)]
@@ -533,7 +539,7 @@ def test_data_can_be_made_by_hand():
 @pytest.mark.parametrize(
     'row, says',
     [({'prompt': 'a \ud800', 'response': 'b'}, 'train row 2: prompt has half a surrogate pair'),
-     ({'prompt': 'a', 'response': 'b', 3: 'x'}, 'train row 2 has a column called 3, a int'),
+     ({'prompt': 'a', 'response': 'b', 3: 'x'}, 'train row 2 has a column called 3, of type int'),
      ({'prompt': 'a', 'response': 'b', 'n': 10**5000}, 'train row 2: n holds a whole number'),
      ({'prompt': 'a', 'response': 'b', 'deep': (lambda f: f(f, 5000))(
            lambda f, n: [] if n == 0

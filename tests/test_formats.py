@@ -168,8 +168,8 @@ def test_columns_may_join_several():
     assert d.counts['joined'] == {'q': 30} and 'joined to the text before: q (30)' in d.note
     assert "has no column 'p'" in refused(rows, columns=dict(prompt=['p', 'q'], response='a'))
     assert 'list of names' in refused(rows, columns=dict(prompt=[], response='a'))
-    assert "context is '7', a int" in refused([dict(rows[0], context=7)], columns=dict(prompt=['context', 'q'],
-                                                                                     response='a'))
+    assert 'context is 7, of type int; it must be text' in refused(
+        [dict(rows[0], context=7)], columns=dict(prompt=['context', 'q'], response='a'))
     nli = [dict(premise='p', hypothesis=f'h{i}', label=i % 3) for i in range(60)]
     assert "columns={'text': ['premise', 'hypothesis']}" in refused(nli)
     assert data(nli, columns=dict(text=['premise', 'hypothesis'])).train[0]['text'].startswith('p\nh')
@@ -451,7 +451,7 @@ def test_every_shape_of_a_file_gives_the_same_rows(kind, tmp_path):
 @pytest.mark.parametrize('name, text, says', [
     ('d.jsonl', '[{"prompt": "a",\n "response": }]', ['d.jsonl, line 2', 'not JSON']),
     ('d.jsonl', '["a", "b"]\n["c", "d"]\n', ['d.jsonl, line 2', 'one object a line begins with {']),
-    ('d.jsonl', '[[1], [2]]', ['d.jsonl, item 1 is a list', 'named columns']),
+    ('d.jsonl', '[[1], [2]]', ['d.jsonl, item 1 is of type list', 'named columns']),
     ('d.json', '{"data": [{"prompt": "a"}], "n": 3}', ["seem to be under 'data'", 'write that list alone']),
     ('d.json', '{"prompt": ["a"], "response": ["b"]}', ['by columns', 'orient="records"']),
     ('d.json', '{"text": {"0": "a"}, "label": {"0": "b"}}', ['by columns', 'orient="records"']),
@@ -469,7 +469,7 @@ def test_every_shape_of_a_file_gives_the_same_rows(kind, tmp_path):
     ('d.jsonl', '{"text": "a", "label": 1.0}', ['line 1', 'label is 1.0', 'such as 1']),
     ('d.jsonl', '{"text": "a", "label": ["x", "y"]}', ['line 1', "label is ['x', 'y']"]),
     ('d.jsonl', '{"text": "a", "labels": [1, 0]}', ['line 1', "'labels'", "columns={'label': 'labels'}"]),
-    ('d.jsonl', '{"instruction": "a", "input": 7, "output": "b"}', ['line 1', "input is '7'"]),
+    ('d.jsonl', '{"instruction": "a", "input": 7, "output": "b"}', ['line 1', 'input is 7, of type int']),
     ('d.jsonl', '{"instruction": "", "input": "", "output": "b"}', ['line 1', 'prompt is empty']),
     ('d.jsonl', '{"instruction": "a", "output": null}', ['line 1', 'response has no value']),
     ('d.jsonl', '{"conversations": []}', ['line 1', 'messages is', 'list of']),

@@ -80,6 +80,24 @@ def test_thinking_of_the_response_is_compared():
     assert answers(Says(tok, thought + '<|im_end|>'), tok,
                    [dict(prompt='q', response=thought)]) == [thought]
 
+def test_a_conversation_needs_a_template():
+    tok = t.byte_tokenizer()
+    talk = [dict(role='system', content='s'), dict(role='user', content='q')]
+    assert render(['q', talk[1:]], tok) == 2*render(['q'], tok)
+    for wrong, n in ((talk, 2), ([], 0), (dict(messages=talk), 2)):
+        with pytest.raises(ValueError, match=f'^prompt 2 has {n} messages, and the tokenizer has no chat template'):
+            render(['q', wrong], tok)
+
+@pytest.mark.parametrize('rows, says', [
+    ([], 'there are no rows to answer'), ([dict(messages=[])], 'row 1 of 1 has no .*, only messages; give rows with'),
+    ([dict(prompt='q', response='d'), dict(prompt='q')], 'row 2 of 2 has no response')])
+def test_a_score_of_answers_needs_prompts_and_responses(rows, says):
+    tok = t.byte_tokenizer()
+    for ask in (lambda: answer_length(rows, tok), lambda: exact_match(Says(tok, 'd'), tok, rows),
+                lambda: answers(Says(tok, 'd'), tok, rows, max_new_tokens=4)):
+        with pytest.raises(ValueError, match=f'^{says}'):
+            ask()
+
 def test_prompts_may_bring_tools():
     tok = t.byte_tokenizer(t.TOOLS)
     tools = [dict(type='function', function=dict(name='weather', parameters={}))]

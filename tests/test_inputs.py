@@ -43,8 +43,10 @@ WRITTEN = {
     'tab.csv': SEMI.replace(';', '\t').encode(), 'tab.tsv': SEMI.replace(';', '\t').encode(),
     'comma.tsv': SEMI.replace(';', ',').encode(), 'crlf.csv': SEMI.replace('\n', '\r\n').encode()}
 WRONG = {
-    'gz.jsonl': (gzip.compress(TEXT.encode()), 'gzip'), 'zip.jsonl': (b'PK\x03\x04rest', 'zip'),
-    'parquet.json': (b'PAR1\x15\x04', 'parquet'), 'utf32.jsonl': (TEXT.encode('utf-32'), 'UTF-32'),
+    'gz.jsonl': (gzip.compress(TEXT.encode()), 'gzip; unpack it, or write'),
+    'zip.jsonl': (b'PK\x03\x04rest', 'a zip archive or an Excel file; unpack it, or'),
+    'parquet.json': (b'PAR1\x15\x04', 'a parquet file; call it what it is'),
+    'utf32.jsonl': (TEXT.encode('utf-32'), 'UTF-32 text; write it as UTF-8'),
     'utf16le.jsonl': (TEXT.encode('utf-16-le'), 'UTF-16'), 'one.json': (b'{"prompt": "a"}', 'list of objects'),
     'data.json': (json.dumps(dict(data=QA)).encode(), "'data'"), 'rows.txt': (b'hello', '.txt'),
     'comma.jsonl': (TEXT.replace('}\n', '},\n').encode(), 'line 1'),
@@ -69,6 +71,9 @@ def test_a_file_that_is_no_text_or_broken_is_named_for_what_it_is(name, tmp_path
 def test_the_lines_of_a_file_with_a_separator_line_are_counted_as_in_the_file(tmp_path):
     (tmp_path/'e.csv').write_text('sep=;\nprompt;response\na;b\nc;\n')
     assert 'line 4' in says(tmp_path/'e.csv')
+    (tmp_path/'e.csv').write_text('sep=:\nprompt:response\na:b\nc:d:e\n')
+    said = says(tmp_path/'e.csv')
+    assert 'e.csv, line 4 has 3 cells' in said and "contains ':' or" in said
 
 def test_a_quoted_name_may_hold_the_other_separator(tmp_path):
     (tmp_path/'q.csv').write_text('"prompt, please";response\na;b\n')

@@ -158,6 +158,7 @@ def test_an_adapter_with_a_head_for_labels(tmp_path):
         model = load(folder, labels=labels)[0]
         assert torch.allclose(model(**x).logits, want(**x).logits, atol=1e-5)
         assert list(model.config.id2label.values()) == (labels or ['LABEL_0', 'LABEL_1'])
+    assert any(n.endswith('weights, and 1 tensor replaced') for n in notes_of(model))
     with pytest.raises(ValueError, match='does not fit this base.*score'):
         load(folder, labels=['a', 'b', 'c'])
 

@@ -80,7 +80,10 @@ def test_texts_without_roles_are_read_only_if_you_say_so(column):
     assert talk(found.train[0]) == FOUR
     assert 'texts of user and assistant in turn' in found.note and 'left out (5)' in found.note
     assert 'list of texts' in said([{column: 'a'}], columns=dict(alternating=column))
-    assert "none as 'messages'" in said(given, columns=dict(alternating=column, messages='id'))
+    assert (f"columns= has {dict(alternating=column, messages='id')}; give one column as 'alternating', and none "
+            "as 'messages'") in said(given, columns=dict(alternating=column, messages='id'))
+    two = dict(alternating=['a', 'b'])
+    assert f'columns= has {two}; give one' in said(given, columns=two)
 
 def code_in(message):
     "Return the rows that the code in an error makes of `rows`"

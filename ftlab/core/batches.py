@@ -63,7 +63,7 @@ def pack(rows:list[dict],   # encoded rows, of a kind that has a label per token
 
     The batch has `input_ids`, `position_ids`, `labels` [lines, T]; `attention_mask`
     [lines, 1, T, T]: may this token attend to that one; `tokens` [lines]: how many are not padding.
-    Raises `ValueError` for rows without a label per token."""
+    Raises `ValueError` for no rows, rows without a label per token, and a row longer than a line."""
     if not rows:
         raise ValueError('there are no rows to batch')
     if not isinstance(rows[0].get('labels'), list):
@@ -120,16 +120,19 @@ def order(n:int, epoch:int, seed:int=0) -> torch.Tensor:
 
 def indices(step:int, batch_size:int, n:int, seed:int=0) -> list[int]:
     """Return the rows of step `step` (from 0): `batch_size` indices below `n`.
-    Passes follow one another without a gap."""
-    if n < 1 or batch_size < 1 or step < 0:
-        raise ValueError(f'step {step}, batch_size {batch_size} and n {n} must be at least 0, 1 and 1')
+    Passes follow one another without a gap.
+    Raises `ValueError` for a `step` below 0, and a `batch_size` or `n` below 1."""
+    for name, value, least in (('step', step, 0), ('batch_size', batch_size, 1), ('n, the number of rows,', n, 1)):
+        if value < least:
+            raise ValueError(f'{name} is {value}; it must be at least {least}')
     places = range(step*batch_size, (step + 1)*batch_size)
     orders = {e: order(n, e, seed) for e in {p//n for p in places}}
     return [int(orders[p//n][p % n]) for p in places]
 
 def batch_at(rows:list[dict], step:int, batch_size:int, pad_id:int, seed:int=0,
              side:str='right') -> dict[str, torch.Tensor]:
-    "Return the batch of step `step`: the encoded `rows` at `indices`, collated"
+    """Return the batch of step `step`: the encoded `rows` at `indices`, collated.
+    Raises what `indices` and `collate` raise"""
     return collate([rows[i] for i in indices(step, batch_size, len(rows), seed)], pad_id, side)
 
 # %% ../../nbs/core/batches.ipynb #b16rows1

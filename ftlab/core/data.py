@@ -189,10 +189,12 @@ def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:Notes):
     texts = {r['text'] for s in cut for r in out[s] if r['label'] not in known}
     if not texts:
         return
+    before = len(out['train'])
     for s in cut:
         out['train'] += [r for r in out[s] if r['text'] in texts]
         out[s] = [r for r in out[s] if r['text'] not in texts]
-    notes.say(f'{len(texts)} rows of rare labels were kept in train', kept_in_train=len(texts))
+    moved = len(out['train']) - before
+    notes.say(f'{moved} rows of rare labels were kept in train', kept_in_train=moved)
 
 # %% ../../nbs/core/data.ipynb #001841f0
 def _name_labels(rows:list[tuple[str, dict]], names:list[str], whose:str='the dataset'):
@@ -289,8 +291,8 @@ def _folder_parts(path:Path, notes:Notes) -> dict[str, Path|list[Path]]:
         elif f.suffix.lower() in READERS:
             unread.append(f.name)
     if 'train' not in out:
-        raise FileNotFoundError(f'{path} has no train.jsonl, train.json, train.csv or '
-                                'train.parquet; it holds '
+        raise FileNotFoundError(f'{path} has no train.jsonl, train.json, train.csv, '
+                                'train.tsv or train.parquet; it holds '
                                 f'{", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"}')
     if unread:
         notes.say(f'files of {path.name} that are not read: {some(unread, 6)}',

@@ -138,7 +138,8 @@ def _in_turn(reading:Reading) -> Reading:
     "Return `reading` for texts without roles, which only `columns=` can say to be those of user and assistant in turn"
     theirs = reading.columns['alternating']
     if 'messages' in reading.columns or len(theirs) > 1:
-        raise ValueError("columns= names one column as 'alternating', and then none as 'messages'")
+        given = {k: v[0] if len(v) == 1 else v for k, v in reading.columns.items() if k in ('alternating', 'messages')}
+        raise ValueError(f"columns= has {given}; give one column as 'alternating', and none as 'messages'")
     others = {k: v for k, v in reading.columns.items() if k != 'alternating'}
     return _with(reading, form='chat', format='texts of user and assistant in turn',
                  alternating=True, columns=dict(messages=theirs) | others)

@@ -15,9 +15,15 @@ __all__ = ['render', 'render_within', 'left_pad', 'stop_ids', 'answer_text', 'ge
 # %% ../../nbs/core/generate.ipynb #0005d6cd
 def render(prompts:list, # texts, lists of chat messages, or dicts of `messages` and `tools`
            tok) -> list[list[int]]:
-    "Return the token ids of each prompt, ending where the answer begins"
+    """Return the token ids of each prompt, ending where the answer begins. Raises `ValueError` for a
+    prompt of several messages if the tokenizer has no chat template."""
     chats = [p if isinstance(p, dict) else dict(messages=p) for p in map(_as_chat, prompts)]
     if tok.chat_template is None:
+        for i, c in enumerate(chats, 1):
+            if len(c['messages']) != 1:
+                raise ValueError(f'prompt {i} has {len(c["messages"])} messages, and the tokenizer has no chat '
+                                 'template to write them as text; give the prompt as one text, or set '
+                                 'tok.chat_template')
         begin, _ = outer_ids(tok, 'text')
         texts = [c['messages'][-1]['content'] for c in chats]
         return [begin + i for i in token_ids(texts, tok, add_special_tokens=False)]
@@ -64,7 +70,8 @@ def generate(model, tok, prompts:list, # as in `render`
              generator_seed:int|None=None # seed of the sampling; None: torch's own state
             ) -> list[str]:            # one answer a prompt, without special tokens
     """Answer every prompt, in evaluation mode; the model's own mode is restored afterwards.
-    Prompts and answers are cut to the model's position table: see `answer_room`."""
+    Prompts and answers are cut to the model's position table: see `answer_room`.
+    Raises what `render` raises."""
     found = answers_and_ends(model, tok, prompts, max_new_tokens, sample, temperature, batch_size,
                              generator_seed)
     return [said for said, _ in found]

@@ -167,7 +167,8 @@ def answer_room(max_new_tokens:int, # requested length of the longest answer
                 *models             # that read the prompts and answer; one without a position table sets no limit
                ) -> tuple[int|None, int]:
     """Return (tokens for a prompt, tokens for an answer) for models with position tables;
-    (None, `max_new_tokens`) for others"""
+    (None, `max_new_tokens`) for others.
+    Raises `ValueError` if what a change puts before each row leaves no position."""
     found = [_left(position_table(m), m) for m in models if isinstance(m, nn.Module)]
     tables = [most for most in found if most]
     if not tables:

@@ -96,7 +96,8 @@ def add_to(tok,             # changed in place
            tokens:Iterable, # as `given_tokens` takes them
            rowless:Iterable[int]=() # ids for which the model has no row
           ) -> tuple[list[int], str]: # the ids of tokens that need a row; a note
-    "Add tokens to a tokenizer; those that it knows stay as they are"
+    """Add tokens to a tokenizer; those that it knows stay as they are. Raises `ValueError` for what
+    `given_tokens` refuses, and for a token that the tokenizer gives no number of its own."""
     had, given = tok.get_vocab(), given_tokens(tokens)
     words = had.keys() - tok.get_added_vocab().keys()
     new = [t for t in given if t.content not in had]

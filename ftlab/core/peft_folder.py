@@ -200,8 +200,9 @@ def fold(model:nn.Module, # the base, changed in place
         params[n].copy_(values.pop(n))
     _put(model, params, values | whole)
     dora = ' (DoRA)' if adapter.config.get('use_dora') else ''
-    rest = f', and {len(whole)} tensors replaced' if whole else ''
-    return f'the adapter in {adapter.folder} was folded into {len(changes)} weights{dora}{rest}'
+    counted = lambda n, what: f'{n} {what}{"s"*(n != 1)}'
+    rest = f', and {counted(len(whole), "tensor")} replaced' if whole else ''
+    return f'the adapter in {adapter.folder} was folded into {counted(len(changes), "weight")}{dora}{rest}'
 
 # %% ../../nbs/core/peft_folder.ipynb #9e01001c2
 def _new_bias(adapter, module, name, parts) -> Tensor:

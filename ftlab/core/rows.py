@@ -43,7 +43,9 @@ def _check_kind(raw:bytes, path:Path):
     if found is None and not marked and 4*raw[:200].count(0) > len(raw[:200]):
         found = 'UTF-16 text without its mark, or no text'
     if found:
-        raise ValueError(f'{path} is {found}; write it as UTF-8 text, or call it what it is')
+        first = ('unpack it, or ' if 'zip' in found or 'compressed' in found else
+                 'call it what it is (.parquet), or ' if 'parquet' in found else '')
+        raise ValueError(f'{path} is {found}; {first}write it as UTF-8 text')
 
 def _with_newlines(text:str) -> str:
     "Return a text with the line ends of Unix, whichever it has"
@@ -109,11 +111,12 @@ def as_row(row, at:str) -> dict:
     """Return `row` if it is an object with named columns that JSON can hold.
     Raises `ValueError` that names the location."""
     if not isinstance(row, Mapping):
-        raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, '
+        raise ValueError(f'{at} is of type {type(row).__name__}; it must be an object with named columns, '
                          'such as {"prompt": ..., "response": ...}')
     for key, value in row.items():
         if not isinstance(key, str):
-            raise ValueError(f'{at} has a column called {key!r}, a {type(key).__name__}; names of columns must be text')
+            raise ValueError(f'{at} has a column called {key!r}, of type {type(key).__name__}; '
+                             'names of columns must be text')
         clean_text(key, 'the name of a column', at)
         _check_value(value, key, at)
     return dict(row)
@@ -168,7 +171,7 @@ def checked_text(value, column:str, at:str) -> str:
     if missing(value):
         raise ValueError(f'{at}: {column} has no value (None or NaN); fill it in or leave the row out')
     if not isinstance(value, str):
-        raise ValueError(f'{at}: {column} is {str(value)[:40]!r}, a {type(value).__name__}; it must be text')
+        raise ValueError(f'{at}: {column} is {repr(value)[:40]}, of type {type(value).__name__}; it must be text')
     if not value.strip():
         raise ValueError(f'{at}: {column} is empty; fill it in or leave the row out')
     seen = any(c.isprintable() and c not in ' \u3164\u2800' for c in value)
@@ -263,7 +266,8 @@ def _csv_row(cells, header, at, cells_by) -> dict:
         raise ValueError(f'{at} is empty; delete it')
     if len(cells) != len(header):
         raise ValueError(f'{at} has {len(cells)} cells, but the header has {len(header)} ({", ".join(header)}); '
-                         f'put a cell that contains {NAMES[cells_by]} or a line break into double quotes')
+                         f'put a cell that contains {NAMES.get(cells_by, repr(cells_by))} or a line break into '
+                         'double quotes')
     return as_row(dict(zip(header, cells)), at)
 
 def _read_parquet(path:Path) -> Iterator[tuple[str, dict]]:

@@ -25,8 +25,19 @@ __all__ = ['WORLD', 'answer_length', 'without_opening', 'answers', 'judge', 'ans
 # %% ../../nbs/core/scorers.ipynb #0005f62d
 WORLD = lab('lookup').LookupWorld(0)
 
+def _check_rows(rows:list[dict], *columns:str):
+    "Raise `ValueError` unless there are rows, and each has these columns"
+    if not rows:
+        raise ValueError('there are no rows to answer; give at least one, with prompt and response')
+    for i, row in enumerate(rows, 1):
+        if lost := [c for c in columns if c not in row]:
+            raise ValueError(f'row {i} of {len(rows)} has no {lost[0]}, only {", ".join(row)}; '
+                             'give rows with prompt and response')
+
 def answer_length(rows:list[dict], tok) -> int:
-    "Return how many tokens the longest answer among `rows` needs, with its end mark"
+    """Return how many tokens the longest answer among `rows` needs, with its end mark.
+    Raises `ValueError` for no rows, and for a row without a response."""
+    _check_rows(rows, 'response')
     longest = max(len(tok(r['response'], add_special_tokens=False).input_ids) for r in rows) + 1
     opening = answer_opening(tok)
     return longest + (len(tok(opening, add_special_tokens=False).input_ids) if opening else 0)
@@ -41,7 +52,9 @@ def without_opening(answer:str, response:str, opening:str) -> str:
     return answer.removeprefix(opening).strip()
 
 def answers(model, tok, rows:list[dict], max_new_tokens:int|None=None, decode=None) -> list[str]:
-    """Return the model's answer to each row's prompt; greedy unless `decode` is given"""
+    """Return the model's answer to each row's prompt; greedy unless `decode` is given.
+    Raises `ValueError` for no rows, and for a row without prompt or response."""
+    _check_rows(rows, 'prompt', 'response')
     n = max_new_tokens or answer_length(rows, tok)
     said = (decode or generate)(model, tok, [r['prompt'] for r in rows], max_new_tokens=n)
     opening = answer_opening(tok)
@@ -56,11 +69,11 @@ def judge(row:dict, output:str) -> float:
             else float(output.split() == row['response'].split()))
 
 def answer_scores(model, tok, rows:list[dict], decode=None) -> list[float]:
-    "Return the score of the model's own answer to each row"
+    "Return the score of the model's own answer to each row. Raises what `answers` raises."
     return [judge(r, a) for r, a in zip(rows, answers(model, tok, rows, decode=decode))]
 
 def exact_match(model, tok, rows:list[dict], decode=None) -> float:
-    "Return the mean score of the model's own answers to `rows`"
+    "Return the mean score of the model's own answers to `rows`. Raises what `answers` raises."
     return sum(answer_scores(model, tok, rows, decode))/len(rows)
 
 # %% ../../nbs/core/scorers.ipynb #0006f62d
@@ -72,7 +85,8 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
            decode=None,              # how answers are decoded; None: greedily
            level:int|None=None       # difficulty, as in `LabWorld.rows`
           ) -> dict[str, float]:     # skill -> mean score
-    "Return the score of each skill on held-out questions, by generation"
+    """Return the score of each skill on held-out questions, by generation. Raises `TypeError` for a text as
+    `names`, and `ValueError` for a model without its tokenizer, or one that cannot write answers."""
     if isinstance(names, str):
         raise TypeError(f'names is {names!r}; give a list of skills, such as [{names!r}]')
     if isinstance(model, str):
@@ -117,8 +131,9 @@ def _logits(model, enc, fill, batch_size=100):
         yield logits, b['labels']
 
 def row_nlls(model, tok, rows:list[dict], kind:str='text',
-             max_length:int|None=None) -> list[tuple[float, int]]: # of each row: the sum in nats, and its tokens
-    "Return the negative log-likelihood of each row's labelled tokens. Rows are cut to `row_limit`."
+             max_length:int|None=None) -> list[tuple[float, int]]: # of each row left: the sum in nats, and its tokens
+    """Return the negative log-likelihood of each row's labelled tokens. Rows are cut to `row_limit`;
+    those without a label left are left out, so there may be fewer results than `rows`."""
     enc, out = encode_all(rows, tok, kind, row_limit(model, tok, max_length)), []
     for logits, y in _logits(model, enc, pad_id(tok)):
         if y.ndim > 1:
@@ -130,7 +145,8 @@ def row_nlls(model, tok, rows:list[dict], kind:str='text',
         out += zip(sums.tolist(), counts.tolist())
     return out
 
-def nll(model, tok, rows:list[dict], kind:str='text', labels:list|None=None,
+def nll(model, tok, rows:list[dict], kind:str='text',
+        labels:list|None=None, # not read: the label of a row is a number already
         max_length:int|None=None) -> float:
     """Return the mean negative log-likelihood in nats, per token with a label (per row for labels).
     Rows are cut to `row_limit`."""

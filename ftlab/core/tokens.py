@@ -211,5 +211,7 @@ def encode_each(rows:list[dict],          # of kind 'text', 'chat' or 'lm'
                 max_length:int|None=None, # most tokens to keep of a row; None: all
                 keep:str='start'          # as in `encode`
                ) -> list[dict]:           # one for each row, even if no label is left
-    "Encode every row as `encode` does, with the tokenizer called once"
+    """Encode every row as `encode` does, with the tokenizer called once.
+    Raises `ValueError` for a bad `kind`, `max_length` or `keep`."""
+    _check_limit(max_length, keep)
     return [_cut(e, max_length, keep) for e in _encode_whole(rows, tok, kind)]
