@@ -25,6 +25,8 @@ from ftlab.lab.world import SKILLS
 from ftlab.instruments.doctor import CHECKS, doctor
 from ftlab.lab.models import lab_tokenizer
 
+ASKED = sum(k.when != 'elsewhere' for k in CHECKS)  # the checks that a run of ours has
+
 TOK = lab_tokenizer()
 DECODERS = 'llama qwen2 mistral gemma gpt2 opt gpt_neox phi qwen3'.split()
 ARCHITECTURES = [*DECODERS, 'bert']
@@ -133,9 +135,9 @@ def one(recipe:str, skill:str, model:str) -> dict:
 
 def kept(path:Path, todo:list[tuple[str, str, str]]) -> list[dict]:
     """The rows of the table at `path` that are in the plan,
-    if it asked with as many checks as there are now; else none"""
+    if it asked as many checks as a run of ours has now; else none"""
     table = json.loads(path.read_text()) if path.exists() else dict(checks=0)
-    if table['checks'] != len(CHECKS):
+    if table['checks'] != ASKED:
         return []
     return [x for x in table['table'] if (x['recipe'], x['skill'], x['model']) in todo]
 
@@ -159,7 +161,7 @@ def result_of(rows:list[dict], full:dict) -> dict:
     sure = sum(len(x.get('confirmed', [])) for x in rows)
     return dict(runs=len(rows), recipes=len({x['recipe'] for x in rows}),
                 skills=len({x['skill'] for x in rows}), models=sorted({x['model'] for x in rows}),
-                checks=len(CHECKS), settings=SETTINGS, findings=found, confirmed=sure,
+                checks=ASKED, settings=SETTINGS, findings=found, confirmed=sure,
                 false_alarms=found - sure, refused=sum('refused' in x for x in rows),
                 most_seconds_on_lab_s=most, on_lab_s_with_all_rows=full,
                 note='seconds are of one core (process time)', table=rows)

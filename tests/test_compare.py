@@ -759,8 +759,8 @@ def test_a_seed_redraws_the_questions_of_a_skill():
                                          (dict(metric='bleu'), "metric is 'bleu'"),
                                          (dict(seeds=0), 'seeds is 0; give how many'),
                                          (dict(seeds=[1, 1]), 'each once'),
-                                         (dict(steps=0), 'at least 1'),
-                                         (dict(budget=0), 'at least 1')])
+                                         (dict(steps=0), '^steps is 0; it must be at least 1'),
+                                         (dict(budget=0), '^budget is 0; it must be at least 1')])
 def test_compare_refuses(plain, tmp_path, more, words):
     with pytest.raises(ValueError, match=words):
         compare('full', *plain, out=tmp_path, **FAST | dict(seeds=1, tune=False) | more)

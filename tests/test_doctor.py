@@ -301,6 +301,16 @@ def test_a_case_says_what_it_lacks():
         Case(classifier(2), TOK, coloured(), Recipe(), SETTINGS).require_answers()
 
 
+@pytest.mark.parametrize('n', [1, 299, 300, 301, 599, 899, 1000])
+def test_the_sample_is_spread_over_all_rows(n):
+    rows = [dict(prompt='a', response=str(i)) for i in range(n)]
+    c = Case(toy(), TOK, Data(rows, [], [], 'text'), Recipe(), SETTINGS | SHORT)
+    at = [int(r['response']) for r in c.sample]
+    ends = [*at, n]
+    assert len(at) == min(n, 300) and at[0] == 0
+    assert {b - a for a, b in zip(ends, ends[1:])} <= {max(1, n//300), -(-n//300)}
+
+
 def test_pictures_are_examined_without_a_tokenizer():
     from ftlab.adapters.subsets.difffit import difffit
     from ftlab.lab.digits import digits, flow, load
@@ -406,6 +416,16 @@ def test_the_sweep_covers_everything_and_its_table_is_silent():
             and table['false_alarms'] == 0 == table['refused']
             and table['runs'] == len(table['table']))
     assert most['before'] < 5 and most['after'] < 20
+
+
+def test_the_sweep_counts_only_checks_that_a_run_of_ours_has(tmp_path):
+    import doctor_sweep
+    elsewhere = sum(k.when == 'elsewhere' for k in CHECKS)
+    assert 0 < elsewhere == len(CHECKS) - doctor_sweep.result_of([], {})['checks']
+    row = dict(recipe='full', skill='max', model='lab-s')
+    for checks, kept in ((len(CHECKS) - elsewhere, [row]), (len(CHECKS), [])):
+        (tmp_path/'x.json').write_text(json.dumps(dict(checks=checks, table=[row])))
+        assert doctor_sweep.kept(tmp_path/'x.json', [tuple(row.values())]) == kept
 
 
 def test_a_new_method_changes_no_other_run_of_the_sweep(monkeypatch):

@@ -170,14 +170,19 @@ def broken():
 
 
 @pytest.mark.parametrize('model, tok, says', [
-    (lambda: toy(1, hidden=64), TOK, 'different shapes, so no difference can be taken'),
-    (lambda: toy(1, tied=False), TOK, 'the base lacks lm_head.weight'),
+    (lambda: toy(1, hidden=64), TOK, 'so no difference can be taken: .*; name the base that the tuned'),
+    (lambda: toy(1, tied=False), TOK, 'the base lacks lm_head.weight; name the base that'),
     (broken, TOK, 'NaN or infinite, in model.norm.weight'),
     (lambda: toy(1), another_tokenizer(), 'different tokenizers: 2 tokens have other numbers')])
 def test_models_that_cannot_be_compared_are_refused_with_the_reason(model, tok, says, tmp_path):
     base, folder = save(toy(), tmp_path/'base'), save(model(), tmp_path/'tuned', tok)
     with pytest.raises(ValueError, match=says):
         read_tuned(folder, base, lab_data())
+
+
+def test_what_holds_no_adapter_needs_a_base():
+    with pytest.raises(ValueError, match=r'nowhere is no folder with an adapter_config.json.*base= \(--base\)'):
+        read_tuned('nowhere', data=lab_data())
 
 
 def test_half_of_the_arguments_is_refused(tmp_path):

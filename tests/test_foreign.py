@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from ftlab.cli import main
+from ftlab.core.recipe import Recipe
 from ftlab.instruments.artifact import Config, Elsewhere, form_of, log_of, recognize
 from ftlab.instruments.checks.adapter import saved_toy
 from ftlab.instruments.checks.config import AXOLOTL, unmatched
@@ -212,6 +213,12 @@ def test_before_a_run_the_step_is_taken_with_and_without(capsys):
     assert 'is not changed by other settings' in str(found)
 
 
+def test_why_no_step_was_taken_before_a_run_is_said(monkeypatch):
+    monkeypatch.setattr('ftlab.instruments.fixes.COPY_LIMIT', 0)
+    t = doctor(**before(lr=3.), try_fix=True).tried[0]
+    assert t.gone and str(t).endswith('no dry step could be taken: the model is too large to be copied')
+
+
 def test_the_dry_step_of_foreign_settings_needs_base_and_rows():
     bad = elsewhere(config=AXOLOTL | dict(learning_rate=2., lora_alpha=16, sequence_len=64))
     with_rows = doctor(**bad, base=saved()['base'], data=toy_rows(60), try_fix=True)
@@ -256,6 +263,13 @@ def test_a_base_that_is_not_there_is_an_error():
             doctor(path, base='/nowhere/base')
     with pytest.raises(ValueError, match='exported='):
         doctor(toy_adapter()['model'], exported='x')
+
+
+def test_a_run_made_elsewhere_names_the_arguments_that_do_not_apply():
+    adapter = toy_adapter()['model']
+    for given, odd in ((dict(steps=5), 'steps'), (dict(recipe=Recipe(), lr=1., tok=1), 'tok, recipe, lr')):
+        with pytest.raises(ValueError, match=rf'made elsewhere, so it takes base=.*leave out {odd}\.'):
+            doctor(adapter, **given)
 
 
 def test_printed_numbers_are_read_also_behind_a_bar_of_progress(tmp_path):

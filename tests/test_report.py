@@ -447,6 +447,13 @@ def test_errors_are_one_line(call, made, tmp_path, capfd):
     assert (code == 1 and 'are gone' in err and 'run.json' in err and 'name them with --data' in err
             and len(err.strip().splitlines()) == 1)
 
+def test_what_is_missing_of_a_saved_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match='give the folder that ftlab fit wrote, or delta=, model= and data='):
+        read_run()
+    (tmp_path/'delta.safetensors').touch()
+    with pytest.raises(ValueError, match=r'model= \(--model\) and data= \(--data\)'):
+        read_run(tmp_path)
+
 def test_a_recipe_whose_decoder_is_lost_is_refused():
     with pytest.raises(ValueError, match='its own way'):
         reporting._recipe(dict(name='mine', decode='draw'))

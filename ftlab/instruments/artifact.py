@@ -183,7 +183,7 @@ class Config:
 
     @cached_property
     def method(self) -> str|None:
-        "Return 'lora', 'full', or None if the file does not say"
+        "Return 'lora' or 'full'; if the file does not say, the default of axolotl or LLaMA-Factory, else None"
         kind = self['finetuning_type'] or (self['adapter'] if self.form == 'axolotl' else None)
         if kind:
             return 'full' if kind in ('full', 'freeze') else 'lora'
@@ -235,8 +235,8 @@ class Config:
 def flat(raw:Mapping,
          depth:int=4  # groups in groups that are read; an alias of YAML may hold itself
         ) -> dict:
-    """Return settings without their groups: {'lora': {'r': 8}} becomes {'lora_r': 8}. A name that is
-    there twice keeps the outer value"""
+    """Return settings without their groups: {'lora': {'r': 8}} becomes {'use_peft': True, 'lora_r': 8}.
+    A name that is there twice keeps the outer value"""
     out = {k: v for k, v in raw.items() if not isinstance(v, Mapping) or k in KEEP}
     for k, v in raw.items():
         if isinstance(v, Mapping) and k not in KEEP and depth:

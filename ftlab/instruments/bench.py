@@ -239,8 +239,9 @@ def _check_bench(data:Data, steps:int|None, epochs:float|None, budget:int|None,
                              f'give more rows, or a {s} set of your own')
     if evaluations < 1:
         raise ValueError(f'evaluations is {evaluations}; it must be at least 1')
-    if (steps is not None and steps < 1) or (budget is not None and budget < 1):
-        raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
+    for name, value in dict(steps=steps, budget=budget).items():
+        if value is not None and value < 1:
+            raise ValueError(f'{name} is {value}; it must be at least 1')
 
 # %% ../../nbs/instruments/bench.ipynb #dc567b8b
 class Bench:

@@ -320,7 +320,7 @@ def card(run:Run, *, record:Mapping|None=None, # what run.json holds; None: the 
          title:str='',                         # of the card; '': the base and the method
          form:str='plain'                      # as in `Run.export`
         ) -> str:
-    "Return the text of a model card. A record or report of another run is not used, and the card says so"
+    "Return the text of a model card. A record or report of another run is not used; the card says so of a report"
     record = _record(run, record)
     found, absent = _report(run, report)
     name, hub = _called(run)

@@ -224,7 +224,8 @@ class Given:
     def sample(self) -> list[dict]:
         "Return up to `SAMPLE` training rows, evenly spread"
         rows = self.data.train
-        return rows[::max(1, len(rows)//SAMPLE)][:SAMPLE]
+        n = min(SAMPLE, len(rows))
+        return [rows[i*len(rows)//n] for i in range(n)]
 
     @cached_property
     def whole(self) -> list[dict]:
@@ -284,7 +285,7 @@ class Case(Given):
 
     @cached_property
     def batch(self) -> dict:
-        "Return six rows in one batch on the model's device"
+        "Return up to six rows in one batch on the model's device"
         return to_device(_six_rows(self), self.device)
 
     @cached_property
@@ -313,7 +314,7 @@ class Case(Given):
 
     @cached_property
     def learned(self) -> tuple[float, float]:
-        "Return the loss on a hundred training rows, now and with the change switched off"
+        "Return the loss on up to a hundred training rows, now and with the change switched off"
         ask = lambda: nll(self.model, self.tok, self.sample[:100], self.kind, max_length=self.limit)
         self.off
         return ask(), self.switched_off(ask)

@@ -301,7 +301,8 @@ class Comparison:
               **given                        # go to `train_again`: model, data, recipe, device, progress
              ) -> Run:
         """Train a method of this comparison once more, as the comparison did, and keep its change. Raises
-        `ValueError` if model or data are not those of the comparison, or are not recorded"""
+        `ValueError` if model or data are not those of the comparison, or are not recorded; `FileNotFoundError` and
+        `FileExistsError` as `train_again`"""
         return train_again(self, self.winner(method, lose_at_most), out, **given)
 
     @property

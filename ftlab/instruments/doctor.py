@@ -206,11 +206,16 @@ def doctor(model,                  # a model; or a finished `Run`, or a path: of
 
     A path is recognized by what it holds: an adapter of peft, a whole model, a Trainer's log,
     settings of trl, axolotl or LLaMA-Factory, or rows. The model is left as it was. Raises `ValueError`
-    for arguments that do not fit together, `TypeError` for settings that `fit` does not have."""
+    for arguments that do not fit together, `TypeError` for settings that `fit` does not have,
+    `FileNotFoundError` for a path that is not there."""
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise TypeError(f'doctor has no setting {unknown[0]!r}; like fit, it takes {", ".join(SETTINGS)}')
-    given = tok is not None or recipe is not None or settings
-    if isinstance(model, (str, Path)) and is_foreign(model) and not given:
+    if isinstance(model, (str, Path)) and is_foreign(model):
+        given = [n for n, x in dict(tok=tok, recipe=recipe).items() if x is not None] + [*settings]
+        if given:
+            raise ValueError(f'{str(model)!r} was made elsewhere, so it takes base=, data= and try_fix= alone; '
+                             f'leave out {", ".join(given)}. Before a run, load the model first: '
+                             f'model, tok = ftlab.load({str(model)!r})')
         if exported is not None:
             raise ValueError('exported= compares with a finished run of ftlab; '
                              'to compare a folder with its base, give base=')

@@ -55,12 +55,14 @@ def _check_same(params, values):
     for what, odd in (('the tuned model lacks', params.keys() - values.keys()),
                       ('the base lacks', values.keys() - params.keys())):
         if odd:
-            raise ValueError(f'base and tuned model are not the same architecture: {what} {some(sorted(odd))}')
+            raise ValueError(f'base and tuned model are not the same architecture: {what} {some(sorted(odd))}; '
+                             'name the base that the tuned model was made from')
     wrong = [n for n, v in values.items() if v.shape != params[n].shape]
     if wrong:
         n = wrong[0]
         raise ValueError(f'base and tuned model have different shapes, so no difference can be taken: {n} is '
-                         f'{tuple(params[n].shape)} in the base and {tuple(values[n].shape)} in the tuned model')
+                         f'{tuple(params[n].shape)} in the base and {tuple(values[n].shape)} in the tuned model; '
+                         'name the base that the tuned model was made from')
     if odd := [n for n, v in values.items() if not torch.isfinite(v).all()]:
         raise ValueError(f'the tuned model has values that are NaN or infinite, in {some(odd)}, so it has no answers '
                          'to compare; train again from the base with a lower learning rate, or take an '
@@ -228,7 +230,8 @@ def _base_like(tuned:nn.Module, name, revision, how) -> tuple[nn.Module, object,
 def _from_whole(tuned, base, revision, how) -> tuple:
     "As `_from_adapter`, of a whole folder"
     if not base:
-        raise ValueError(f'{tuned} is a whole model, so the base must be given: base=, or --base')
+        raise ValueError(f'{tuned} is no folder with an adapter_config.json, so it is read as a whole model, '
+                         'and the base must be given: base= (--base)')
     after, tok = load(tuned, **how)
     model, old, notes, unknown = _base_like(after, base, revision, how)
     if old is not None and tok is not None:
@@ -257,10 +260,10 @@ def read_tuned(tuned:str|Path,          # a folder of peft, or a whole model: a 
               ) -> Run:                 # with an empty log; `Run.unknown` says what is not known
     """Read a fine-tune that another program made.
 
-    Raises `ValueError` for models that cannot be compared, with the reason, and `FileNotFoundError`
-    for a folder that is not there."""
+    Raises `ValueError` for models that cannot be compared, with the reason, and where data or the base of a
+    whole model are missing; `FileNotFoundError` for a folder that is not there."""
     if data is None:
-        raise ValueError('a run made elsewhere does not say which questions to ask; give them: data=, or --data')
+        raise ValueError('a run made elsewhere does not say which questions to ask; give them: data= (--data)')
     data = data if isinstance(data, Data) else as_data(data)
     folder, how = Path(tuned), dict(dtype=dtype, device=device)
     found = (_from_adapter(folder, base, data, revision, how) if is_adapter(folder)

@@ -213,10 +213,11 @@ def one_step(case:Case) -> float:
         raise NotApplicable(f'one step cannot be taken: {shortened(str(e))}') from None
 
 def _losses(before, after) -> tuple:
+    "Return the loss after one step of both cases, or None twice, and why there is none"
     try:
         return one_step(before), one_step(after)
-    except NotApplicable:
-        return None, None
+    except NotApplicable as e:
+        return None, None, f'no dry step could be taken: {e}'
 
 def try_own(case:Case, check, # a `Check` that found something
             again:Callable    # (case, check) -> whether it still does

@@ -75,8 +75,9 @@ def push(folder:str|Path,       # an export
          api=None               # what speaks to the hub; None: `huggingface_hub.HfApi`
         ) -> dict:              # name, address, files ({name: size}), bytes, sent
     """Send an exported folder to the hub. Raises `ValueError` or `FileNotFoundError` for a folder that should not
-    be sent, `PermissionError` without a token, `ConnectionError` while the hub is switched off, and
-    `FileExistsError` for a repository that exists, unless `update`"""
+    be sent, `ValueError` for a name that is not owner/name and for `private=True` with a repository that exists,
+    `PermissionError` without a token, `ConnectionError` while the hub is switched off, and `FileExistsError` for a
+    repository that exists, unless `update`"""
     if not NAME.fullmatch(name):
         raise ValueError(f'name is {name!r}; it must be owner/name, such as ann/small-talk')
     files = files_to_send(folder)

@@ -599,7 +599,8 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: give mod
     known = json.loads(record.read_text()) if record.exists() else {}
     name = model or known.get('model')
     if not name or (data is None and known.get('data') is None):
-        raise ValueError(f'there is no run.json beside {delta}; name the base and the data: --model and --data')
+        raise ValueError(f'there is no run.json beside {delta}; name the base and the data: '
+                         'model= (--model) and data= (--data)')
     given, data = data is not None, _rows_of(known, data)
     revision = revision or known.get('revision')
     # runs of version 0.1 kept a head only for the same labels in the same order
@@ -631,7 +632,10 @@ def _saved_change(folder, delta) -> Path:
                                 f'{str(Path(folder).parent)!r}')
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(f'no folder {str(folder)!r}; name the folder that ftlab fit wrote '
-                                '(its --out), or --model, --delta and --data')
+                                '(its --out)')
+    if folder is None and delta is None:
+        raise ValueError('there is neither a folder nor a saved change; give the folder that ftlab fit wrote, '
+                         'or delta=, model= and data=')
     delta = Path(delta or Path(folder)/'delta.safetensors')
     if not delta.is_file():
         raise FileNotFoundError(f'no delta at {str(delta)!r}; a folder that ftlab fit wrote has a delta.safetensors')
@@ -650,7 +654,7 @@ def _rows_of(known, data) -> Data:
         rows = read_mix(mixture, **how) if mixture else as_data(known['data'], **how)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'the data of the run, which its run.json names, are gone: {e}; '
-                                'name them with --data') from None
+                                'name them with data= (--data)') from None
     return rows
 
 def _check_rows(known, rows:Data) -> None:
@@ -659,7 +663,7 @@ def _check_rows(known, rows:Data) -> None:
     if said and rows.fingerprint != said:
         raise ValueError(f'the data {rows.name} are no longer those of the run '
                          f'(fingerprint {rows.fingerprint}, the run had {said}); '
-                         'name the data that you want with --data')
+                         'name the data that you want with data= (--data)')
 
 # %% ../../nbs/instruments/report.ipynb #002bfa9f
 def _log(delta) -> list[dict]:

@@ -32,7 +32,7 @@ def bar_of(c:Mapping) -> float:
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
             ) -> dict: # verdict, and mean, low, high, n of the effect; positive in the claim's favour
     """Return the verdict of one contrast by its interval alone.
-    Raises `ValueError` below five seeds, or if a value is missing."""
+    Raises `ValueError` below five seeds, for a missing value and for an unknown kind."""
     t, b, m = c['treatment'], c['baseline'], float(c['margin'])
     if len(t) != len(b) or None in t or None in b:
         raise ValueError(f'{c["name"]}: treatment and baseline need one number for each seed; they have {t} and {b}')
@@ -55,7 +55,7 @@ def _near_best(c, value:float) -> bool:
     "Return whether a value is less than two margins away from the best possible one"
     return (1 if c.get('higher_is_better', True) else -1)*(c['best'] - value) < 2*c['margin']
 
-def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse (equivalence)
+def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial
                treatment:float, baseline:float, # means
                trivial:float|None               # mean of the trivial alternative; None: never at the target gain
               ) -> str:   # the reason; '' if there is room

@@ -273,7 +273,8 @@ def train_again(comparison,               # a `Comparison`
                 progress:bool=True        # show a progress bar
                ) -> Run:
     """Train the chosen method as the comparison trained it with its first seed, to the point that it measured. Raises
-    `ValueError` or `FileNotFoundError` that says what has changed or is missing"""
+    `ValueError` or `FileNotFoundError` that says what has changed or is missing, and `FileExistsError` if `out` is
+    not empty"""
     p = comparison.result['protocol']
     row = next(m for m in comparison.result['methods'] if m['name'] == choice.method)
     recipe = _recipe_again(row, comparison.recipes, recipe)
