@@ -16,7 +16,7 @@ from ftlab.adapters.edit import unchanged, norm, scale, write_change
 from ftlab.adapters.subsets.hft import half, half_reset, hft
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import check_selection, coverage, everything, named, parts, top
+from ftlab.adapters.select import check_selection, coverage, everything, named, parts, scores, top
 from ftlab.trainers.fit import fit
 from ftlab.trainers.reference import Originals
 from ftlab.core.anatomy import anatomy
@@ -325,6 +325,33 @@ def test_a_second_change_on_top_is_refused():
         if change != 'offset':
             att.fold()
             CHANGES['full'](m)
+
+def test_parts_and_scores_refuse_a_name_that_is_none():
+    with pytest.raises(ValueError, match="no part or role is called 'mlps'; .*did you mean 'mlp'"):
+        parts('attention', 'mlps')
+    with pytest.raises(ValueError, match="no part or role is called 'q_proj'"):
+        parts('v', 'q_proj')
+    assert parts('q', 'qkv')(tiny('llama')) == parts('q')(tiny('llama')), 'a role that this model lacks'
+    with pytest.raises(ValueError, match="by is 'magnitud'; it must be principal, magnitude, random"):
+        scores(torch.ones(4, 4), 'magnitud')
+
+def test_a_name_that_was_not_chosen_is_no_part_of_the_change():
+    m = tiny('llama')
+    att = CHANGES['lora'](m)
+    for name in ('model.norm.weight', 'nowhere.weight'):
+        for ask in (att.weight, att.before):
+            with pytest.raises(ValueError, match=f"'{name}' is not part of this change, which has model.layers.0"):
+                ask(name)
+
+def test_an_offset_and_entries_refuse_what_they_cannot_use():
+    mask = torch.tensor([True, False])
+    with pytest.raises(ValueError, match='Offset adds a whole vector; it cannot use a mask'):
+        Offset(torch.ones(2), mask)
+    d = Entries(torch.ones(8), torch.tensor([True]*2 + [False]*6))
+    for index in ([5, 0, 0], [5], [5, 5]):
+        with pytest.raises(ValueError, match=f'needs 2 different entries; it got {len(index)}'):
+            d.move(torch.tensor(index))
+    assert d.index.tolist() == [0, 1] and not len(d.left_index)
 
 def test_activations_cannot_be_folded():
     m = tiny('llama')

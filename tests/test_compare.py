@@ -1,5 +1,6 @@
 "The rules of a comparison on numbers made by hand, and comparisons of tiny models from end to end"
 import copy, dataclasses, json, math, re
+from functools import partial
 from types import SimpleNamespace
 from statistics import fmean
 import pytest, torch
@@ -8,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 import ftlab.instruments.bench as B
+from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.select import parts, top
 from ftlab.adapters.store import identity
 from ftlab.core.record import digest
 from ftlab.core.scorers import skill_questions
@@ -26,10 +29,11 @@ from ftlab.instruments.views import COLORS, FIXED, MARKS, method_styles
 from ftlab.map import measured
 from ftlab.core.data import data
 from ftlab.core.paper import Method
-from ftlab.core.recipe import Learner, Loop, Recipe, Stages
+from ftlab.core.recipe import Learner, Loop, Recipe, Share, Stages, With, viewed
 from ftlab.lab.models import lab_tokenizer, old_skills
 from ftlab.lab.world import ASPECTS, BAD, GOOD, OLD
-from ftlab.methods import get
+from ftlab.methods import get, names
+from ftlab.trainers.objective import nll
 
 # ---- the rules
 
@@ -958,6 +962,60 @@ def test_a_papers_code_counts_with_that_of_the_papers_it_imports_and_a_readers_o
     one = recipe_code(Recipe('own', objective=lambda state: state.forward().sum()))
     two = recipe_code(Recipe('own', objective=lambda state: state.forward().mean()))
     assert len(one) == 1 and list(one.values()) != list(two.values())
+
+def with_alpha(alpha):
+    return Recipe('own', select=parts('q'), delta=partial(LoRA, r=2, alpha=alpha))
+
+def view(batch, state, by=1):
+    return batch
+
+def term(state, by=1):
+    return 0.
+
+def stage(context, by=1):
+    return Recipe('made')
+
+OPTIONS = dict( # by what it may be: a recipe of one's own whose answers differ only in an option
+    delta=with_alpha,
+    arguments=lambda x: Recipe('own', objective=partial(term, x)),
+    step=lambda x: Recipe('own', step=With(term, by=x)),
+    nothing=lambda x: Recipe('own', step=With(term, **{} if x == 8 else dict(by=1))),
+    view=lambda x: Recipe('own', source=viewed(partial(view, by=x))),
+    term=lambda x: Recipe('own', objective=nll() + partial(term, by=x)),
+    callback=lambda x: Recipe('own', loop=Loop((With(term), With(term, by=x)))),
+    learner=lambda x: Recipe('own', loop=Loop((), dict(l=Learner(partial(stage, by=x), term)))),
+    within=lambda x: Recipe('own', step=With(term, by=partial(term, by=x))),
+    rows=lambda x: Recipe('own', source=With(view, by=[dict(prompt='p', response=str(x))]*99)),
+    score=lambda x: Recipe('own', select=top(partial(torch.clamp, max=x), .1)),
+    tensor=lambda x: Recipe('own', edit=With(view, by=torch.full([2], x))),
+    precision=lambda x: Recipe('own', edit=With(view, by=torch.half if x == 8 else torch.double)),
+    product=lambda x: get('dft')*with_alpha(x),
+    edits=lambda x: Recipe(edit=With(view, by=x))*Recipe(edit=With(view, by=2)),
+    stages=lambda x: Recipe('own', loop=Stages(get('lora'), Share(with_alpha(x), 2.))),
+    made=lambda x: Recipe('own', loop=Stages(get('lora'), partial(stage, by=x))),
+    blocks=lambda x: Recipe('own', select=parts('q', blocks=(x,))),
+    where=lambda x: Recipe('own', select=top(torch.abs, .1, parts('q', blocks=(x,)))))
+
+@pytest.mark.parametrize('make', OPTIONS.values(), ids=OPTIONS)
+def test_recipes_that_differ_in_an_option_are_two_methods(make, plain):
+    bench = Bench(*plain, **FAST)
+    assert key_of(bench, make(8)) == key_of(bench, make(8)) != key_of(bench, make(16))
+    assert len(str(make(8).describe())) < 400
+
+def test_a_method_with_arguments_is_described_by_them_alone():
+    told = str([get(n).describe() for n in names()])
+    assert "'options'" not in told and 'blocks=' not in told
+    assert (get('mezo')*get('hft')).describe()['arguments'] == {
+        'mezo': dict(eps=1e-3, dist='normal'), 'hft': dict(ratio=.5, granularity='matrix', round=0)}
+    first = get('lofit').stages[0]
+    assert (get('lofit').describe()['stages'][0] == first.describe(explained=True)
+            == {k: v for k, v in first.describe().items() if k != 'options'} != first.describe())
+
+def test_compare_runs_both_of_two_recipes_that_differ_in_an_option(plain, tmp_path):
+    arms = [with_alpha(8.).named('mild'), with_alpha(64.).named('strong')]
+    c = compare(arms, *plain, seeds=1, lrs=[1e-2], tune=False, out=tmp_path, **FAST)
+    mild, strong = (m['seeds'][0]['nll'] for m in c.result['methods'])
+    assert c.result['runs']['made'] == 2 and mild != strong
 
 def test_a_run_is_made_once_for_everyone(plain, tmp_path):
     bench, again = Bench(*plain, **FAST), Bench(*plain, **FAST)

@@ -275,9 +275,9 @@ def test_a_method_that_is_almost_an_event_is_named_where_others_are_right():
         assert len(tune(steps=1, callbacks=(Both(),)).log) == 1
 
 def test_models_that_do_not_fit_the_data_are_refused():
-    with pytest.raises(ValueError, match='labels, but LlamaForCausalLM has no classifier'):
+    with pytest.raises(ValueError, match=r'LlamaForCausalLM has no classifier; .*load\(name, labels=data.labels\)'):
         tune(data=label_data())
-    with pytest.raises(ValueError, match='have 3 labels, the classifier has 4'):
+    with pytest.raises(ValueError, match=r'have 3 labels, the classifier has 4; .*load\(name, labels=data.labels\)'):
         tune(model=classifier(4), data=label_data())
     for m in (classifier(), tiny('bert', vocab_size=len(TOK)),
               tiny('llama', 'none', vocab_size=len(TOK))):
@@ -482,6 +482,15 @@ def test_an_interrupt_returns_the_run_so_far(name, tmp_path):
     assert torch.equal(logits(fresh), tuned)
     with part.disabled():
         assert torch.equal(logits(part.model), logits(toy()))
+
+def test_callbacks_refuse_numbers_below_one():
+    for bad in (dict(n=0), dict(n=1.5), dict(patience=0), dict(rows=0), dict(rows=True)):
+        (name, value), = bad.items()
+        with pytest.raises(ValueError, match=f'{name} is {value}; it must be a whole number of at least 1'):
+            EarlyStop(**bad)
+    with pytest.raises(ValueError, match='n is 0'):
+        Every(0, validation_nll)
+    assert Every({3}, validation_nll).n == {3}
 
 def test_early_stop_stops_and_starts_afresh(tmp_path):
     look = EarlyStop(2, patience=2, rows=20)

@@ -1,5 +1,8 @@
 "Edits and merges of changes: against references written out by hand, over all architectures, from disk and back"
 import pytest, torch
+from ftlab.adapters.attach import attach
+from ftlab.adapters.delta import Offset
+from ftlab.adapters.select import parts
 from ftlab.adapters.store import WrongBase, identity, pack, save_delta
 from ftlab.adapters.edit import scale
 from ftlab.adapters.merging.breadcrumbs import middle, breadcrumbs, merge_breadcrumbs
@@ -162,6 +165,20 @@ def test_a_merge_names_what_any_change_names():
         merge([])
     with pytest.raises(ValueError, match='not made from one base'):
         merge([a, dict(x=torch.ones(3))])
+
+def test_a_change_of_activations_cannot_be_merged(tmp_path):
+    m = toy()
+    was, home = weights(m), identity(m)
+    norm = 'model.norm.weight'
+    att = attach(m, {**parts('q')(m), norm: True}, Offset, also=(norm,))
+    save_delta(tmp_path/'o.safetensors', *pack(att), home)
+    att.detach()
+    with pytest.raises(ValueError, match=r"o.safetensors' cannot be merged: Offset at 'model.*q_proj.* activations"):
+        saved_changes(m, tmp_path/'o.safetensors')
+    assert same(weights(m), was)
+    attach(m, {norm: True}) # nothing is left on the model
+    with pytest.raises(FileNotFoundError):
+        saved_changes(toy(), tmp_path/'none.safetensors')
 
 def test_changes_from_disk_are_those_in_memory_and_the_base_stays(tmp_path):
     m = toy()

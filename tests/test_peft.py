@@ -124,7 +124,7 @@ def test_what_is_no_plain_lora_is_refused(tmp_path):
     with pytest.raises(ValueError, match='only a change that consists of LoRA alone'):
         to_peft(mixed, tmp_path/'x')
     assert not (tmp_path/'x').exists()
-    for i, (more, says) in enumerate(((dict(use_dora=True), 'use_dora'),
+    for i, (more, says) in enumerate(((dict(use_dora=True), 'use_dora; load it with ftlab.load'),
                                       (dict(bias='all'), 'bias'),
                                       (dict(rank_pattern={'q_proj': 2}), 'rank_pattern'),
                                       (dict(modules_to_save=['norm']), 'modules_to_save'))):

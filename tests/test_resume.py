@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
@@ -13,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import ftlab.core.io as files
+from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.modules.lofit import lofit
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.adapters.subsets.lt_sft import lt_sft
@@ -257,6 +260,23 @@ def test_a_stage_that_is_done_again_leaves_the_later_checkpoint_alone(tmp_path):
     tune(two, **how, resume=True, callbacks=(At(2, stop),))
     assert (tmp_path/'checkpoint.safetensors').read_bytes() == kept
     assert alike(tune(two, **how, resume=True), whole)
+
+@pytest.mark.parametrize('staged', [False, True])
+def test_a_run_with_another_option_is_another_run(staged, tmp_path):
+    def own(alpha):
+        one = Recipe('own', select=parts('q'), delta=partial(LoRA, r=2, alpha=alpha))
+        two = Stages(one, Recipe('norms', select=parts('norm')))
+        return Recipe('two', loop=two) if staged else one
+    how = dict(**STEPS, out=tmp_path, save_every=1)
+    tune(own(8), **how, callbacks=(At(2, stop),))
+    with pytest.raises(ValueError, match="'alpha': 16"):
+        tune(own(16), **how, resume=True)
+    assert alike(tune(own(8), **how, resume=True), tune(own(8), **STEPS))
+
+def test_the_stages_of_a_method_with_arguments_are_described_without_options(tmp_path):
+    run = tune(lofit(.5), **STEPS, out=tmp_path, save_every=1)
+    assert "'options'" not in str(run.settings)
+    assert 'options' not in read_header(tmp_path/'checkpoint.safetensors')['settings']['recipe']
 
 def test_a_misspelt_field_of_the_state_is_an_error():
     s = State(toy())

@@ -74,6 +74,11 @@ def test_wrong_input():
         gradients(model, sample(), of='sum')
     with pytest.raises(ValueError, match='there are none'):
         gradients(model, None)
+    for nothing in (dict(batches=[]), dict(batches=iter(())), dict(batches=sample(), rows=0)):
+        with pytest.raises(ValueError, match='no rows were read'):
+            gradients(model, **nothing)
+    with pytest.raises(ValueError, match="no parameter called 'model.norm.weigth'; did you mean 'model.norm.weight'"):
+        gradients(model, sample(), ['model.norm.weigth'])
     with pytest.raises(ValueError, match='no labels'):
         gradients(model, [{k: v for k, v in b.items() if k != 'labels'} for b in sample().take(2)])
     with pytest.raises(ValueError, match='no training rows'):

@@ -23,6 +23,7 @@ from ..core.anatomy import anatomy, usual_name
 from ..core.four_bits import FourBit
 from ..core.model import position_table
 from ..core.recipe import name_of
+from ..core.text import some
 
 # %% auto #0
 __all__ = ['HALF', 'BEFORE', 'owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers',
@@ -369,19 +370,19 @@ class Attached:
 
     @torch.no_grad()
     def weight(self, name:str) -> tuple[Tensor, Tensor]:
-        """Return base and tuned weight of one name, both [out, in].
-        Raises `ValueError` for a delta on activations, or if the base values were not kept."""
+        """Return base and tuned weight of one name, both [out, in]. Raises `ValueError` for a delta on
+        activations, a name that is not part of the change, or if the base values were not kept."""
         if (d := self.deltas.get(name)) is None:
+            base = self.before(name)
             tuned = self.model.get_parameter(name).detach()
-            base = self.before(name).to(tuned.device)
-            return oriented(self.model, name, base), oriented(self.model, name, tuned)
+            return tuple(oriented(self.model, name, t) for t in (base.to(tuned.device), tuned))
         if d.site != 'weight':
             raise ValueError(f'{type(d).__name__} at {name!r} changes activations, not a weight')
         base = oriented(self.model, name, base_below(self.model, name))
         return base, changed_weight(d, base)
 
     def values(self) -> dict[str, Tensor]:
-        "Return the tuned weights, by name, as the model stores them"
+        "Return the tuned weights, by name, as the model stores them. Deltas on activations are left out."
         params = dict(self.model.named_parameters())
         out = {n: params[n].detach() for n in self.whole}
         for n, d in self.deltas.items():
@@ -391,12 +392,13 @@ class Attached:
 
     @torch.no_grad()
     def changes(self) -> dict[str, Tensor]:
-        """Return tuned weight minus base weight, by name, as the model stores them: the input of an
-        `edit`"""
+        """Return tuned weight minus base weight, by name, as the model stores them: the input of an `edit`.
+        Deltas on activations are left out. Raises `ValueError` if the base values were not kept."""
         return {n: v - self.before(n).to(v.device) for n, v in self.values().items()}
 
     def before(self, name:str) -> Tensor:
-        "Return the base's weight `name`, as the model stores it"
+        """Return the base's weight `name`, as the model stores it. Raises `ValueError` for a name that is
+        not part of the change, or if the base values were not kept."""
         if name not in self.deltas:
             return self.originals_of([name])[name]
         below = base_below(self.model, name)
@@ -404,20 +406,24 @@ class Attached:
 
     def originals_of(self, names) -> dict[str, Tensor]:
         """Return the base values of weights that train directly.
-        Raises `ValueError` if they were not kept."""
+        Raises `ValueError` if they were not kept, or for a name that is not part of the change."""
         if gone := [n for n in names if n not in self.originals]:
+            if gone[0] not in self._chosen:
+                raise ValueError(f'{gone[0]!r} is not part of this change, which has {some(self._chosen) or "nothing"}')
             raise ValueError(f'the change of {gone[0]!r} was folded into the weight, and the weight from before '
                              'is not kept; switch off, detach or compare before you fold')
         return {n: self.originals[n] for n in names}
 
     @contextmanager
     def disabled(self, folder:str|Path|None=None): # for a temporary file of tuned weights; None: in memory
-        "Make the model the base, bit for bit, within this context; contexts may be nested"
+        """Make the model the base, bit for bit, within this context; contexts may be nested.
+        Raises `ValueError` if the change was folded and the base values were not kept."""
         with (_parked(self) if folder is None else _parked_on_disk(self, folder)):
             yield self.model
 
     def base_module(self, path:str) -> Callable:
-        "Return the base's module `path` as a function; no weight is copied"
+        """Return the base's module `path` as a function; no weight is copied.
+        Raises `ValueError` if the change was folded and the base values were not kept."""
         return _base_module(self, path)
 
     @contextmanager
@@ -441,7 +447,7 @@ class Attached:
 
     def fold(self) -> None:
         """Merge the change into the weights and remove the modules.
-        Raises `ValueError` for deltas on activations."""
+        Raises `ValueError` for deltas on activations, and for a base in 4 bits."""
         _fold(self)
 
 # %% ../../nbs/adapters/attach.ipynb #cdfb9048

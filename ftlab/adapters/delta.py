@@ -56,8 +56,9 @@ class Entries(nn.Module):
         """Train these entries from now on.
         Raises `ValueError` if they are fewer or more than now, or repeated."""
         index = index.to(self.index)
-        if len(index.unique()) != len(self.index):
-            raise ValueError(f'move needs {len(self.index)} different entries; it got {len(index.unique())}')
+        if len(index.unique()) != len(self.index) or len(index) != len(self.index):
+            raise ValueError(f'move needs {len(self.index)} different entries; it got {len(index)}, '
+                             f'{len(index.unique())} of them different')
         went = (~torch.isin(self.index, index)).nonzero().squeeze(1)
         came = index[~torch.isin(index, self.index)]
         self.left_index = torch.cat([self.left_index, self.index[went]])
@@ -86,7 +87,8 @@ class Entries(nn.Module):
 
 # %% ../../nbs/adapters/delta.ipynb #abef0da4
 class Offset(nn.Module):
-    "`h + b`: one trainable vector added to the output of the layer that owns the weight"
+    """`h + b`: one trainable vector added to the output of the layer that owns the weight.
+    Raises `ValueError` for a mask."""
     kind, site = 'offset', 'activation'
 
     def __init__(self,
@@ -94,6 +96,8 @@ class Offset(nn.Module):
                  mask=True # whole weights only
                 ):
         super().__init__()
+        if mask is not True:
+            raise ValueError('Offset adds a whole vector; it cannot use a mask of entries')
         self.b = nn.Parameter(torch.zeros(W.shape[0], dtype=W.dtype, device=W.device))
         self.config = {}
 

@@ -106,12 +106,19 @@ def merge(changes:list[Mapping], # each {name: new weight minus base weight}, al
 # %% ../../nbs/adapters/edit.ipynb #2f6dabd0
 def saved_changes(model:nn.Module, *paths) -> list[dict]:
     """Load saved changes as tensors; `model` is their base and stays as it is. A folder is an adapter of
-    peft. Raises `WrongBase` if it is not the base of a change; an adapter says too little to be sure."""
+    peft. Raises `WrongBase` if it is not the base of a change (an adapter says too little to be sure),
+    `FileNotFoundError` for a missing file, and `ValueError` for a file that cannot be read, or a change of
+    activations, which has no tensors to merge."""
     out = []
     for p in paths:
         att = from_peft(model, p) if Path(p).is_dir() else load_delta(model, p)
-        out.append(att.changes())
-        att.detach()
+        try:
+            if held := [n for n, d in att.deltas.items() if d.site != 'weight']:
+                raise ValueError(f'{str(p)!r} cannot be merged: {type(att.deltas[held[0]]).__name__} at {held[0]!r} '
+                                 'changes activations, not weights; attach it by itself, with ftlab.load_delta')
+            out.append(att.changes())
+        finally:
+            att.detach()
     return out
 
 def attach_change(model:nn.Module, change:Mapping) -> Attached:

@@ -243,8 +243,6 @@ def _head_modules(att:Attached) -> list[str]:
     return [m for m in tops if not any(n.startswith(f'{m}.') for n in att.deltas)]
 
 # %% ../../nbs/adapters/lowrank.ipynb #877cbe45
-# settings that do not change what A and B mean; any other one that is set is an error,
-# even one that does not exist yet
 # fields that change the result and belong to more than a plain LoRA
 BEYOND = ('rank_pattern', 'alpha_pattern', 'use_dora', 'lora_bias', 'modules_to_save', 'trainable_token_indices')
 
@@ -275,7 +273,10 @@ def _plain_config(folder) -> dict:
     odd = [k for k, v in c.items() if v and (k in BEYOND or k not in (*HARMLESS, *USED))]
     odd += ['bias'] if c.get('bias', 'none') != 'none' else []
     if c.get('peft_type') != 'LORA' or odd:
-        raise ValueError(f'{str(folder)!r} is not a plain LoRA: {", ".join(odd) or c.get("peft_type")}')
+        read = c.get('peft_type') == 'LORA' and {*odd} <= {*HARMLESS, *USED}
+        fix = ('load it with ftlab.load, which folds it into its base' if read else
+               'merge it with peft (merge_and_unload), if it can be merged, and load that folder')
+        raise ValueError(f'{str(folder)!r} is not a plain LoRA: {", ".join(odd) or c.get("peft_type")}; {fix}')
     if (start := c.get('init_lora_weights', True)) not in SAME_BASE:
         raise ValueError(f'{str(folder)!r} was initialized with init_lora_weights={start!r}, which '
                          'changes the base that A and B belong to. '

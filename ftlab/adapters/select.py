@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from numbers import Real
 import torch
 from torch import Tensor
-from ..core.anatomy import anatomy
+from ..core.anatomy import FAMILIES, anatomy
 from ..core.recipe import name_of
+from ..core.text import did_you_mean
 from ..native.magnitude import kth_magnitude, unpack_mask
 
 # %% auto #0
@@ -38,11 +39,17 @@ PARTS = ('attention', 'mlp', 'experts', 'norm', 'bias', 'embedding', 'head', 'ot
 
 @dataclass(frozen=True, init=False)
 class parts:
-    "Select parameters by their position in the model"
+    """Select parameters by their position in the model. A role that this model lacks is left out.
+    Raises `ValueError` for a name that is no part, and no role in any family."""
     which:tuple[str, ...]
     blocks:tuple[int, ...]|None
     def __init__(self, *which:str,                 # of `PARTS`, or roles such as 'q', 'up'; none: attention and mlp
                  blocks:tuple[int, ...]|None=None): # indices of the blocks; None: all
+        roles = {r for f in FAMILIES.values() for l in f.layouts
+                 for r in (*l.attention, *l.mlp, *l.experts)}
+        if odd := [w for w in which if w not in (*PARTS, *roles)]:
+            raise ValueError(f'no part or role is called {odd[0]!r}; the parts are {", ".join(PARTS)}, '
+                             f'the roles {", ".join(sorted(roles))}{did_you_mean(odd[0], (*PARTS, *roles))}')
         object.__setattr__(self, 'which', which or ('attention', 'mlp'))
         object.__setattr__(self, 'blocks', None if blocks is None else tuple(blocks))
 
@@ -57,7 +64,8 @@ class parts:
         return out
 
     def __repr__(self):
-        return f'parts({", ".join(self.which)})'
+        own = [] if self.blocks is None else [f'blocks={self.blocks}']
+        return f'parts({", ".join([*self.which, *own])})'
 
 # %% ../../nbs/adapters/select.ipynb #000b8e82
 @dataclass(frozen=True)
@@ -83,7 +91,8 @@ class top:
         return out
 
     def __repr__(self):
-        return f'top({name_of(self.score)}, {self.density})'
+        own = '' if self.where is None else f', {name_of(self.where)}'
+        return f'top({name_of(self.score)}, {self.density}{own})'
 
 # %% ../../nbs/adapters/select.ipynb #00168e82
 SCORES = ('principal', 'magnitude', 'random')
@@ -94,7 +103,9 @@ def scores(W:Tensor,                # a matrix
            seed:int=0               # for 'random'
           ) -> Tensor:              # of the shape of `W`; entries with high scores are chosen first
     """Score each entry of a matrix.
-    Raises `ValueError` for a rank above that of the matrix."""
+    Raises `ValueError` for an unknown `by`, or a rank above that of the matrix."""
+    if by not in SCORES:
+        raise ValueError(f'by is {by!r}; it must be {", ".join(SCORES)}')
     if by == 'magnitude':
         return W.abs()
     if by == 'random':

@@ -4,10 +4,13 @@
 
 # %% ../../nbs/core/recipe.ipynb #00030245
 from __future__ import annotations
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from .paper import Method
+from .record import digest
+from .text import shortened
 
 # %% auto #0
 __all__ = ['PROMISES', 'NOUNS', 'RESERVED', 'CannotCompose', 'Recipe', 'Learner', 'Loop', 'Share', 'Stages', 'Viewed', 'viewed',
@@ -58,9 +61,11 @@ class Recipe:
                                     for q in NOUNS if (v := getattr(self, q)) is not None]
         return f'Recipe({", ".join(said)})'
 
-    def describe(self) -> dict:
-        "Return the answers that differ from plain fine-tuning, by name, as a JSON-compatible dict"
-        return _described(self)
+    def describe(self, explained:bool=False # leave options out: the arguments of the recipe around this stage say them
+                ) -> dict:
+        """Return the answers that differ from plain fine-tuning, by name, as a JSON-compatible dict, with the
+        recorded arguments, or else the options of each `partial` and `With`"""
+        return _described(self, explained)
 
     @property
     def name(self) -> str:
@@ -224,8 +229,9 @@ class Stages:
                   for s, x in zip(self.stages, self.shares))
         return f'Stages({", ".join(titles)})'
 
-    def describe(self) -> dict:
-        told = [s.describe() if isinstance(s, Recipe) else dict(made_by=title_of(s))
+    def describe(self, explained:bool=False # as in `Recipe.describe`
+                ) -> dict:
+        told = [s.describe(explained) if isinstance(s, Recipe) else dict(made_by=title_of(s))
                 for s in self.stages]
         return dict(stages=[t | (dict(share=x) if x != 1 else {})
                             for t, x in zip(told, self.shares)])
@@ -354,8 +360,15 @@ def _both(self:Recipe, other:Recipe) -> Recipe:
     # the schedule goes with the step: if only the other recipe has one, its schedule is used
     paced = other if other.step and not self.step else lead
     return Recipe(Method(names, lead.lr, lead.lrs,
-                         {self.name: self.arguments, other.name: other.arguments},
+                         _arguments_of_both(self, other),
                          {**self.waives, **other.waives}, schedule=paced.schedule), **new)
+
+def _arguments_of_both(self, other) -> dict:
+    "Return each recipe's arguments by name; the options of one without any"
+    mine, yours = ({} if r.arguments else _options(r) for r in (self, other))
+    # under the same name the second's entry would replace the first's
+    again = ' again' if self.name == other.name and (mine or yours) else ''
+    return {self.name: mine or self.arguments, other.name + again: yours or other.arguments}
 
 def _product(q, a, b):
     "Combine two answers to one question. Raises `TypeError` if they exclude each other."
@@ -366,15 +379,63 @@ def _product(q, a, b):
     return a if a == b else a*b
 
 # %% ../../nbs/core/recipe.ipynb #000c0245
-def _described(self:Recipe) -> dict:
-    out = dict(name=self.name, lr=self.lr)
+def _described(self:Recipe, explained:bool) -> dict:
+    out, explained = dict(name=self.name, lr=self.lr), explained or bool(self.arguments)
     for q in NOUNS:
         v = getattr(self, q)
-        if v is not None:
+        if isinstance(v, Stages):
+            out |= v.describe(explained)
+        elif v is not None:
             out |= v.describe() if hasattr(v, 'describe') else {q: name_of(v)}
     if self.arguments:
         out['arguments'] = _plain(self.arguments)
+    elif not explained and (own := _options(self)):
+        out['options'] = own
     return out
+
+def _options(self:Recipe) -> dict:
+    "Return the options of every `partial` and `With` in the answers, by where it is: `name_of` leaves them out"
+    found, todo = {}, [(q, getattr(self, q)) for q in reversed(NOUNS)]
+    while todo:
+        at, x = todo.pop()
+        inside = {}
+        if isinstance(x, (partial, With)):
+            named = x.keywords if isinstance(x, partial) else dict(x.options)
+            inside = {str(i): v for i, v in enumerate(getattr(x, 'args', ()))} | named
+            if inside:
+                found[at] = {k: _brief(_value(v)) for k, v in inside.items()}
+            inside = inside | dict(func=x.func)
+        elif isinstance(x, Recipe) or isinstance(x, type):
+            continue # a stage describes itself
+        elif is_dataclass(x) and (callable(x) or isinstance(x, (Loop, Learner, Stages, Share))):
+            inside = {f.name: getattr(x, f.name) for f in fields(x)}
+        elif isinstance(x, Mapping):
+            inside = x
+        elif isinstance(x, (list, tuple)):
+            inside = dict(enumerate(x))
+        todo += reversed([(f'{at}.{k}', v) for k, v in inside.items()])
+    return found
+
+def _value(x):
+    "Return an option for a record: another value gives another record where its `repr` or `tolist` does"
+    if isinstance(x, (str, int, float, bool, type(None))):
+        return x
+    if isinstance(x, Mapping):
+        return {str(k): _value(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_value(v) for v in x]
+    if isinstance(x, (set, frozenset)):
+        return sorted(map(repr, x)) # the order of a set differs between two starts of Python
+    if hasattr(x, 'tolist'):
+        return _value(x.tolist())
+    if callable(x) or is_dataclass(x) or type(x).__repr__ is object.__repr__:
+        return name_of(x)
+    return repr(x)
+
+def _brief(x):
+    "Return a long value, such as rows of data, as its start and a hash"
+    text = json.dumps(x)
+    return x if len(text) <= 300 else f'{shortened(text, 60)} ({digest(x)})'
 
 def name_of(f) -> str:
     "Return an answer's name for records and errors: a function's name, a value's `repr`"
@@ -386,6 +447,8 @@ def title_of(f) -> str:
     "Return the name of a recipe, function or class; for an instance, its class's name"
     if isinstance(f, Recipe):
         return f.name
+    if isinstance(f, (partial, With)):
+        return title_of(f.func)
     return getattr(f, '__name__', None) or type(f).__name__
 
 def _plain(x):

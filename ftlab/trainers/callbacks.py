@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from types import SimpleNamespace
 import torch
 from ..core.model import evaluating, model_inputs, to_device
@@ -21,10 +22,12 @@ __all__ = ['Every', 'validation_nll', 'EarlyStop', 'usual_every', 'KeepBest']
 # %% ../../nbs/trainers/callbacks.ipynb #0014191a
 class Every:
     """Measure something every `n` steps, before the first and after the last one,
-    and keep the results in the run's path"""
+    and keep the results in the run's path. Raises `ValueError` for an `n` below 1."""
     def __init__(self, n:int|set,  # steps between measurements, or the steps after which to measure
                  measure:Callable  # measure(state) -> dict
                 ):
+        if not hasattr(n, '__contains__'):
+            _check_whole(n=n)
         self.n, self.measure = n, measure
 
     def before_fit(self, state):
@@ -32,7 +35,7 @@ class Every:
             self._note(state)
 
     def after_step(self, state):
-        due = state.step % self.n == 0 if isinstance(self.n, int) else state.step in self.n
+        due = state.step % self.n == 0 if isinstance(self.n, Integral) else state.step in self.n
         if due or state.step == state.steps or state.stop: # so that the last step is measured
             self._note(state)
 
@@ -41,6 +44,12 @@ class Every:
         with evaluating(*state.models.values()), torch.no_grad(), torch.random.fork_rng():
             row = dict(step=state.step, **self.measure(state))
         state.path.append(row)
+
+def _check_whole(**numbers) -> None:
+    "Raise `ValueError` for what is no whole number of at least 1"
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f'{name} is {shortened(repr(value), 60)}; it must be a whole number of at least 1')
 
 # %% ../../nbs/trainers/callbacks.ipynb #4ef1453d
 def validation_nll(state, rows:int=200) -> dict:
@@ -65,8 +74,14 @@ def validation_nll(state, rows:int=200) -> dict:
 # %% ../../nbs/trainers/callbacks.ipynb #afd42508
 class EarlyStop:
     """Stop when the validation loss has not reached a new minimum in `patience` evaluations,
-    one every `n` steps. It remembers only the run's path, so a resumed run stops at the same step."""
-    def __init__(self, n:int=50, patience:int=3, rows:int=200):
+    one every `n` steps. It remembers only the run's path, so a resumed run stops at the same step.
+    Raises `ValueError` for a number below 1."""
+    def __init__(self,
+                 n:int=50,       # steps between evaluations
+                 patience:int=3, # evaluations without a new minimum after which the run stops
+                 rows:int=200    # validation rows of an evaluation, the first ones
+                ):
+        _check_whole(patience=patience, rows=rows)
         self.n, self.patience, self.rows = n, patience, rows
         self.every = Every(n, lambda s: validation_nll(s, rows))
 
@@ -95,8 +110,8 @@ def usual_every(steps:int # of the run
 
 class KeepBest:
     """Keep the change at the best evaluation in the run's path, and put it back when training ends;
-    `kept` says which it was. Raises `ValueError` for a value that isn't a number, and if what
-    measures it comes later among the callbacks"""
+    `kept` says which it was. A value that is NaN or infinite is passed over. Raises `ValueError` for one
+    that isn't a number, and if what measures it comes later among the callbacks."""
     def __init__(self, key:str='validation_nll', # of the number in the path
                  higher:bool=False):             # is more better?
         self.key, self.higher = key, higher

@@ -386,10 +386,11 @@ def _check_classifier(model, data:Data) -> None:
     is_classifier = 'SequenceClassification' in name
     classes = getattr(model.config, 'num_labels', None) if is_classifier else None
     if classes is None:
-        raise ValueError(f'the data have labels, but {name} has no classifier; load it with ftlab.load(name)')
+        raise ValueError(f'the data have labels, but {name} has no classifier; load it with '
+                         'ftlab.load(name, labels=data.labels)')
     if classes != len(data.labels):
         raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load '
-                         f'it with ftlab.load(name)')
+                         'it with ftlab.load(name, labels=data.labels)')
 
 # %% ../../nbs/trainers/fit.ipynb #cb545b81
 def _name_labels(model, data:Data) -> None:

@@ -168,7 +168,7 @@ class Objective:
         return one_pass(state, self.terms)
 
     def __add__(self, term:Callable) -> Objective:
-        "Add one term, or all terms of an objective that has only terms"
+        "Add one term"
         return Objective(self.loss, (*self.terms, term))
 
     def __mul__(self, other):

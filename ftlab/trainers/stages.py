@@ -156,7 +156,8 @@ def _rated(stage, whole:Recipe):
 
 def _stage_settings(job:Job, stage:Recipe, settings:dict) -> dict:
     own = rate_settings(stage, job.lr, job.schedule)
-    return settings | dict(recipe=stage.describe(), **own)
+    told = stage.describe(explained=bool(job.recipe.arguments))
+    return settings | dict(recipe=told, **own)
 
 def _settle(run:Run) -> None:
     "Fold the change of a stage into the weights, if it can be folded"

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.batches import Sample, Unread
 from ..core.four_bits import FourBit
 from ..core.model import evaluating, model_inputs
+from ..core.text import did_you_mean
 from .objective import loss_mask, token_nll
 
 # %% auto #0
@@ -28,11 +29,14 @@ def gradients(model,           # as it is loaded
               size:int=1       # of a sample, rows in a batch; the loss is the mean over its answer tokens
              ) -> dict[str, Tensor]: # {name: float32, of the parameter's shape}
     """Average a function of the gradient of the loss over batches, in evaluation mode. Of `Unread` rows: random.
-    Raises `ValueError` for weights in 4 bits, no rows, rows without labels, and an unknown `of`."""
+    Raises `ValueError` for weights in 4 bits, no rows, rows without labels, and an unknown `of` or name."""
     if of not in OF:
         raise ValueError(f'of is {of!r}; it must be {", ".join(OF)}')
     params = dict(model.named_parameters())
-    chosen = {n: params[n] for n in (params if names is None else names)}
+    names = list(params if names is None else names)
+    if odd := [n for n in names if n not in params]:
+        raise ValueError(f'the model has no parameter called {odd[0]!r}{did_you_mean(odd[0], params)}')
+    chosen = {n: params[n] for n in names}
     if narrow := [n for n, p in chosen.items() if isinstance(p, FourBit)]:
         raise ValueError(f'{narrow[0]!r} is in 4 bits, so there is no gradient of it; load the base without quantize')
     if isinstance(batches, Unread):
@@ -47,6 +51,9 @@ def gradients(model,           # as it is loaded
             for n, g in zip(chosen, grads):
                 if g is not None:
                     total[n] += OF[of](g.float())
+    if not count:
+        raise ValueError('no rows were read: batches are empty, or an iterator that was read before, or rows is 0; '
+                         'give a Sample, or a list of batches')
     return {n: t.div_(count) for n, t in total.items()}
 
 def _random(shape, number, device):

@@ -126,7 +126,8 @@ def test_late_is_the_official_block_of_llama():
         assert f'.layers.{want}.' in name
 
 
-@pytest.mark.parametrize('place, says', [((9,), '2 blocks'), ((-1,), '2 blocks'), ((0, 'c_fc'), 'it has q, k, v, o')])
+@pytest.mark.parametrize('place, says', [((9,), '2 blocks'), ((-1,), '2 blocks'), ((0, 'qkv'), 'it has q, k, v, o'),
+                                         ((0, 'c_fc'), 'no part or role is called .c_fc.*, k, o, q, qkv')])
 def test_a_place_that_is_not_there(place, says):
     with pytest.raises(ValueError, match=says):
         one_place(*reversed(place) if len(place) == 2 else ('down', *place))(toy())

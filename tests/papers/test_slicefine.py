@@ -90,7 +90,7 @@ def test_a_run_that_was_cut_off_continues_bit_for_bit(tmp_path):
     (lambda: slicefine(0), 'at least 1'), (lambda: slicefine(every=-1), '0 or more'),
     (lambda: slicefine(budget=.999).select(toy()), 'more than all'),
     (lambda: slicefine(budget=1e-6).select(toy()), 'the smallest slice has'),
-    (lambda: slicefine(targets=('x',)).select(toy()), 'no matrix among x'),
+    (lambda: slicefine(targets=('experts',)).select(toy()), 'no matrix among experts'),
     (lambda: slicefine(budget=-1.).select(toy()), 'share of the parameters')])
 def test_wrong_arguments_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says):

@@ -62,7 +62,7 @@ def test_random_blocks_depend_on_the_seed_alone():
     (lambda: smt(0.).select(toy(), Unread()), 'budget is'),
     (lambda: smt(.9, 4).select(toy(), Unread()), 'the budget allows'),
     (lambda: smt().select(toy()), 'training rows'),
-    (lambda: smt(targets=('x',)).select(toy(), Unread()), 'no matrix among x')])
+    (lambda: smt(targets=('experts',)).select(toy(), Unread()), 'no matrix among experts')])
 def test_wrong_arguments_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says):
         make()

@@ -134,7 +134,7 @@ def test_the_scale_stays_when_the_budget_sets_the_rank():
     (lambda: attach(toy(), strata()(toy()), spafit(budget=1.).delta), 'the highest'),
     (lambda: attach(toy(), strata()(toy()), spafit(budget=2.).delta), 'share of the parameters'),
     (lambda: spafit(budget=.1).delta(torch.zeros(8, 8)), 'call fitted first'),
-    (lambda: spafit(targets=('x',)).select(toy()), 'no matrix among x'),
+    (lambda: spafit(targets=('experts',)).select(toy()), 'no matrix among experts'),
     (lambda: spafit(r=0).delta(nn.Linear(4, 4).weight.detach()), 'between 1 and 4')])
 def test_wrong_arguments_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says):
