@@ -82,14 +82,16 @@ MEAN_SAME = compared(
     [([(0, 0, True), (0, 1, True), (1, 0, False), (1, 1, True), (1, 2, False)], 0),
      ([(0, 0, True), (0, 1, True), (1, 0, False), (1, 1, True), (1, 2, False)], 1),
      ([(0, 0, True), (1, 0, False), (1, 1, True), (1, 2, False), (1, 3, False)], 1),
-     ([(0, 0, True), (3, 0, False)], 1), ([], 0)],
+     ([(0, 0, True), (3, 0, False)], 1), ([], 0), ([(0, 1, False), (1, 1, False)], 1)],
     ((_pooled, 'A question with many steps counts more than one with few. Take the share for each question first.'),
      (_more_than, 'Cases with exactly `least` steps left count, too.'),
      (lambda cases, least: mean_same(cases, 0),
       'Cases with fewer than `least` steps are still in.'),
      (_counts_the_missing, 'A question without a case that counts has no rate; it is not 0.'),
      (lambda cases, least: mean_same(cases, least) or 0.,
-      'If there is no case, there is nothing to say: return `None`, which is not 0.')),
+      'If there is no case, there is nothing to say: return `None`, which is not 0.'),
+     (lambda cases, least: mean_same(cases, least) or None,
+      'If all answers changed, the mean is 0. `None` is for no case that is left.')),
     difficulty=2, minutes=10,
     means='With `least` at 0 the answers from the question alone are in. A model that learns to answer at once gets '
           'a higher rate there, whether or not it reads its chains.')

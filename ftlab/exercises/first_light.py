@@ -192,6 +192,7 @@ def _pooled(before, after):
 
 # %% ../../nbs/exercises/first_light.ipynb #ex1f17
 _middle = lambda found: found[1] + found[2]
+_middle_of_sure = lambda found: (found[1] > 0, _middle(found))
 WHAT_BROKE = compared(
     'what_broke', 'first_light',
     'Find the skill that broke. `before` and `after` are `{skill: [True, False, ...]}`: whether the model '
@@ -209,9 +210,11 @@ WHAT_BROKE = compared(
               refuse=(140, 40, 10, 10)),
      _answers(1, add=(36, 2, 1, 1), tavi=(3, 1, 0, 1), refuse=(20, 7, 6, 7)),
      _answers(2, sort=(10, 26, 0, 4), oruk=(60, 120, 10, 10), fact=(90, 5, 5, 0)),
-     _answers(3, write=(5, 2, 30, 3), fact=(40, 14, 1, 5))],
-    ((_broken(by=_middle), 'You take the skill with the largest mean fall. It may have few questions and a wide '
-      'interval; take the one whose *lower* end is highest.'),
+     _answers(3, write=(5, 2, 30, 3), fact=(40, 14, 1, 5)),
+     _answers(4, sort=(2, 8, 0, 2), oruk=(60, 120, 10, 10))],
+    (*[(_broken(by=largest), 'You take the skill with the largest mean fall. It may have few questions and a wide '
+      'interval; take the one whose *lower* end is highest.')
+       for largest in (_middle, _middle_of_sure)],
      (_broken(by=_middle, sure=False), 'You always name the skill with the largest mean fall, even if its interval '
       'reaches below zero. Compare the lower ends, and return `None` if none is above zero.'),
      (_broken(sure=False), 'You name a skill even if its interval reaches below zero. Then the fall may be '

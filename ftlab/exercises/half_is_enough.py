@@ -37,7 +37,7 @@ def _test_half_of(yours):
         raise Wrong(_HALF['fixed'])
     if len(set(halves)) < 35: # of 924: forty fair draws repeat about one
         raise Wrong(_HALF['few'])
-    if len(_drawn(yours, names[:5], 0)) != 2:
+    if len(_drawn(yours, names[:7], 0)) != 3: # `round` takes four of seven
         raise Wrong(_HALF['odd'])
     if not isinstance(got := answer(yours, names, 0), (set, frozenset)):
         raise Wrong(_HALF['kind'].format(kind=type(got).__name__))
@@ -69,7 +69,7 @@ _HALF = dict(
           'not a draw: use the seed.',
     few='It has a few halves and picks one of them. Any six of twelve names should be possible: '
         'draw from all the names.',
-    odd='Of five names it should choose two: half, rounded down.',
+    odd='Of seven names it should choose three: half, rounded down.',
     kind='The half is right, and it is a {kind}. A set is asked for, because the half has no order: '
          '`return set(...)`.')
 
@@ -81,7 +81,7 @@ HALF_OF = Exercise(
     'half_of', 'half_is_enough',
     'Given a list of `names` and a `seed`, return a set of exactly half of them (rounded down), '
     'drawn at random: the same half for the same seed, another for most other seeds. '
-    'Do not touch the random state that the rest of the program uses (`random`, `torch`).',
+    'Do not touch the random state that the rest of the program uses (`random`, `numpy`, `torch`).',
     ('`random.Random(seed)` is a random generator of your own.',
      'Its method `sample(names, k)` draws `k` of them, none twice.'),
     half_of, _test_half_of,
@@ -95,8 +95,10 @@ HALF_OF = Exercise(
       _HALF['few']),
      (lambda names, seed: set(random.Random(seed).sample(names, (len(names) + 1)//2)),
       _HALF['odd']),
+     (lambda names, seed: set(random.Random(seed).sample(names, round(len(names)/2))),
+      _HALF['odd']),
      (lambda names, seed: sorted(half_of(names, seed)), _HALF['kind'].format(kind='list'))),
-    difficulty=1, minutes=10, cases=((_NAMES, 0), (_NAMES[:5], 0)),
+    difficulty=1, minutes=10, cases=((_NAMES, 0), (_NAMES[:7], 0)),
     means='A random choice belongs to the result, so it has to be repeatable: the seed in the report gives '
           'back the same half. It must not disturb anything else either. If it reset the random state of '
           'the program, switching the method on would also change the order of the data, and you would '
@@ -179,7 +181,8 @@ HALF_UPDATE = Exercise(
     'Write a `torch.nn.Module` with `__init__(self, W, mask)` and `forward(self, W)`. '
     '`W` is a weight; `mask` has the same shape and is true where the weight may move. '
     'Before training, `forward(W)` gives `W`; after any training it still gives exactly '
-    '`W` wherever `mask` is false.',
+    '`W` wherever `mask` is false. Where it is true, each entry has a number of its own, which is learned '
+    'and added to the weight.',
     ('One parameter is enough: a change of the shape of `W` that starts at zero.',
      '`torch.where(mask, a, b)` takes `a` where the mask is true, else `b`.',
      '`self.register_buffer("mask", mask)` keeps the mask in the module without training it.'),

@@ -185,7 +185,8 @@ def _no_end(tokens, loss):
 _SETUPS = (_setup(0), _setup(1, leak=dict), _setup(2, loss_from=dict.fromkeys(range(10), 0)),
            _setup(3, spoil=_no_end), _setup(4, ask=('<s>', 'user', '*')),
            _setup(5, leak=lambda row: row | dict(response='none')), _setup(6, loss_from={7: 6}),
-           _setup(7, spoil=_unlearned_end), _setup(8, ask=('<s>', '*', 'model')), _setup(9))
+           _setup(7, spoil=_unlearned_end),
+           _setup(8, ask=('<s>', 'model', '*', 'model')), _setup(9))
 
 # %% ../../nbs/exercises/lab_models.ipynb #ex5m16
 def _only_first(setup):
@@ -208,6 +209,14 @@ def _end_seen(setup):
     ended = [[*loss[:-1], True] if t[-1] == '</s>' else loss
              for t, loss in zip(setup['tokens'], setup['loss'])]
     return find_bug(setup | dict(loss=ended))
+
+def _words_counted(setup):
+    answers = [len(row['response'].split()) + 1 for row in setup['train']]
+    around = lambda words, row: len(words) - len(row['prompt'].split())
+    trained = {around(t, row) - n for t, row, n in zip(setup['tokens'], setup['train'], answers)}
+    same = {around(t, row) for t, row in zip(setup['asked'], setup['test'])} == trained
+    found = find_bug(setup)
+    return 'nothing' if found == 'template mismatch' and same else found
 
 def _without(bug:str):
     "`find_bug` that does not know one of the bugs"
@@ -239,6 +248,7 @@ FIND_BUG = compared(
      (_answers, 'You compare responses. Two questions may have the same answer; compare the prompts.'),
      (_end_seen, 'In one set-up `</s>` is there and the loss does not count on it, so the model never learns to '
       'stop. Check the last entry of `loss` as well.'),
+     (_words_counted, 'You count the words around the prompt. As many words may be other words: compare them.'),
      (_without('template mismatch'), 'You never find a template mismatch. Compare the words around the prompt in '
       '`tokens` with those in `asked`.'),
      (_without('leaked rows'), 'You never find leaked rows. Compare the prompts of `test` with those of `train`.'),

@@ -106,8 +106,8 @@ _LOW = {'both zero': '`A` and `B` both start at zero. The gradient of each is mu
         'whole': 'The factor is `alpha/r`; yours is `alpha//r`, which drops what is behind the point.',
         'no scale': '`LowRank` must compute `W + alpha/r * B @ A`; yours gives `W + B @ A`: '
                     'the factor `alpha/r` is missing.',
-        'no r': 'The factor is `alpha/r`; yours is `alpha`. Dividing by `r` lets one keep the '
-                'learning rate when `r` is changed.',
+        'no r': 'The factor is `alpha/r`; yours is `alpha`. With `alpha/r` the first step has about '
+                'the same effect for every `r`.',
         'upside down': 'The factor is `alpha/r`, and yours is `r/alpha`.',
         'no weight': 'Your `forward` gives the change alone. Add it to `W`.',
         'weight scaled': 'You multiply `W` by the factor, too. Only the change is scaled.'}
@@ -211,8 +211,8 @@ LOW_RANK = Exercise(
      (_started(lambda t: t.fill_(.5), _same), _LOW['constant'])),
     difficulty=2, minutes=15,
     means='The model starts as the base, because `B` is zero, and it can still learn, because `A` is not: '
-          'the first gradient goes to `B` alone. `alpha/r` keeps the size of a step about the same when you '
-          'change `r`. If you add the change to the weight after training, the model answers as fast as '
+          'the first gradient goes to `B` alone. `alpha/r` keeps the effect of the first step about the '
+          'same when you change `r`. If you add the change to the weight after training, the model answers as fast as '
           'before.')
 
 # %% ../../nbs/exercises/low_rank.ipynb #ex4r17

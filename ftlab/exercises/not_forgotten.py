@@ -108,12 +108,15 @@ HIDDEN_SHARE = compared(
      ([True, True, True, True, False], [False, False, False, True, True],
       [True, False, True, True, True], [True, True, False, False, True]),
      ([True, False, True], [True, False, True], [True, True, True], [True, True, False]),
-     ([True, True], [False, False], [True, False], [True, False])],
+     ([True, True], [False, False], [True, False], [True, False]),
+     ([True, True], [False, False], [True, True], [False, False])],
     ((_of_all_lost, 'Questions count that the base itself does not answer in the other form. Leave them out.'),
      (_of_all, 'That is the score over all questions. Count the lost ones only.'),
      (_of_right, 'Questions count that were never lost: right before and right after.'),
      (_with_gains, 'Questions count that became right. Only those that became *wrong* were lost.'),
-     (_difference, 'A difference of two scores hides flips: one lost and one won are zero. Count questions.')),
+     (_difference, 'A difference of two scores hides flips: one lost and one won are zero. Count questions.'),
+     (lambda *lists: hidden_share(*lists) or None,
+      'If questions count and none comes back, the share is 0. `None` is for no question that counts.')),
     difficulty=3, minutes=15,
     means='It is a lower bound of what was only hidden: another form may bring back more. It can also be too high: '
           'anyone who guesses among few answers is right by chance, so compare with questions that the base did not '

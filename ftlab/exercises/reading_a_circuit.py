@@ -146,6 +146,19 @@ def _most_missed(score, heads, share):
         kept = rest
     return kept
 
+def _of_what_is_left(score, heads, share):
+    kept = list(heads)
+    while kept:
+        best = max(kept, key=lambda h: score([k for k in kept if k != h]))
+        rest = [k for k in kept if k != best]
+        if score(rest) < share*score(kept):
+            break
+        kept = rest
+    return kept
+
+def _last_of_equal(score, heads, share):
+    return smallest_circuit(score, heads[::-1], share)[::-1]
+
 def _absolute(score, heads, share):
     def limited(kept):
         return score(kept) if len(kept) < len(heads) else 1.
@@ -160,6 +173,9 @@ def _two_steps(kept):
 def _sum(kept):
     return sum({'p': 5., 'q': 3., 'r': 1.5, 's': .5}[k] for k in kept)
 
+def _count(kept):
+    return float(len(kept))
+
 SMALLEST_CIRCUIT = compared(
     'smallest_circuit', 'reading_a_circuit',
     '`score(kept)` says how well the model does if only the heads of the list `kept` work; `heads` are all of them. '
@@ -171,7 +187,8 @@ SMALLEST_CIRCUIT = compared(
      '`max(kept, key=...)` gives the first of the best ones. Stop if even this one takes the score below the limit.'),
     smallest_circuit,
     [(_two_steps, ['A', 'B', 'C', 'D', 'E'], .7), (_two_steps, ['E', 'D', 'C', 'B', 'A'], .95),
-     (_sum, ['s', 'p', 'r', 'q'], .8), (_sum, ['p', 'q', 'r', 's'], .4), (_two_steps, ['B', 'C', 'A', 'D'], .9)],
+     (_sum, ['s', 'p', 'r', 'q'], .8), (_sum, ['p', 'q', 'r', 's'], .4), (_two_steps, ['B', 'C', 'A', 'D'], .9),
+     (_sum, ['p', 'q', 'r', 's'], .6), (_count, ['x', 'y', 'z'], .6)],
     ((_once, 'You leave out one head at a time from all. A head that another can stand in for is then not missed, and '
              'both are lost together. Go on from what is left.'),
      (_ranked, 'You rank the heads once, by how much each is missed among all. That changes when a head is gone: '
@@ -179,7 +196,10 @@ SMALLEST_CIRCUIT = compared(
      (_single, 'You rank the heads by what each does alone. A head that needs another does nothing alone.'),
      (_too_far, 'One head too few: stop *before* the score falls below the limit.'),
      (_most_missed, 'You leave out the head that is missed most. Leave out the one that is missed least.'),
-     (_absolute, 'The limit is a share of the score of all heads, not of 1.')),
+     (_absolute, 'The limit is a share of the score of all heads, not of 1.'),
+     (_of_what_is_left, 'Your limit falls from round to round: a share of the score of the heads that are left. '
+                        'Take it of all heads, once.'),
+     (_last_of_equal, 'If two heads are equal, leave out the first of them in the order of `heads`.')),
     difficulty=3, minutes=20,
     means='The set that you get is small and it suffices; it need not be the only one, nor the smallest. In one of the '
           'tests, C can do what A does, so another order may keep C. And a circuit found on some prompts must be '

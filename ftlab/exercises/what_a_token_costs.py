@@ -4,6 +4,7 @@
 
 # %% ../../nbs/exercises/what_a_token_costs.ipynb #exwt03
 from __future__ import annotations
+import math
 import torch
 from . import compared
 
@@ -103,12 +104,12 @@ def sureness_gap(sure, right, bins):
             gap += abs(confidence - share)*len(inside)/len(sure)
     return gap
 
-def _bins(sure, right, bins):
+def _bins(sure, right, bins, of=lambda s, bins: min(int(s*bins), bins - 1)):
     "Return the confidences and outcomes of each bin that is not empty"
     found = {}
     for s, r in zip(sure, right):
-        found.setdefault(min(int(s*bins), bins - 1), []).append((s, r))
-    return [tuple(zip(*of)) for of in found.values()]
+        found.setdefault(of(s, bins), []).append((s, r))
+    return [tuple(zip(*inside)) for inside in found.values()]
 
 _mean = lambda x: sum(x)/len(x)
 
@@ -117,6 +118,10 @@ def _unweighted(sure, right, bins):
 
 def _signed(sure, right, bins):
     return sum((_mean(s) - _mean(r))*len(s) for s, r in _bins(sure, right, bins))/len(sure)
+
+def _upper_edge(sure, right, bins):
+    found = _bins(sure, right, bins, lambda s, bins: max(math.ceil(s*bins) - 1, 0))
+    return sum(abs(_mean(s) - _mean(r))*len(s) for s, r in found)/len(sure)
 
 def _each(sure, right, bins):
     return _mean([abs(s - r) for s, r in zip(sure, right)])
@@ -145,13 +150,16 @@ SURENESS_GAP = compared(
     sureness_gap,
     [([.95, .91, .97, .55, .58, .22], [1, 1, 0, 1, 0, 0], 10),
      ([1., .8, .3, .35, .6, .1], [1, 1, 0, 1, 0, 0], 4),
-     ([.9, .99, .7, .72, .74], [1, 1, 1, 1, 0], 5), ([.45, .1], [1, 0], 2)],
+     ([.9, .99, .7, .72, .74], [1, 1, 1, 1, 0], 5), ([.45, .1], [1, 0], 2),
+     ([.5, .25, .3], [0, 0, 1], 2)],
     ((_unweighted, 'Each bin has the same weight. A bin with one token should not count as much as one with many.'),
      (_signed, 'The gaps of different bins cancel: too sure here and not sure enough there. Take `abs` of each.'),
      (_each, 'You compare each token with itself. One token is right or wrong, never 70% right: compare bins.'),
      (_over_all_bins, 'You divide by the number of bins. Weight each gap by the number of its tokens.'),
      (_largest, 'That is the largest gap. The mean is asked for.'),
-     (_middle, 'You take the middle of each bin for its confidence. Take the mean of the confidences in it.')),
+     (_middle, 'You take the middle of each bin for its confidence. Take the mean of the confidences in it.'),
+     (_upper_edge, 'A confidence on the edge of two bins is in the lower one. It belongs to the upper: '
+                   'with two bins, .5 is in the second.')),
     difficulty=3, minutes=20,
     means='This is the expected calibration error. A small one does not mean that a model is good: who says 30% and '
           'is right 30% of the time has none. It says whether the confidence can be used, for example to keep '

@@ -44,7 +44,7 @@ BEST_STOP = compared(
     ('`max(path, key=...)` finds the evaluation with the largest value of something.',
      'It finds an evaluation, and the answer is its `step`.'),
     best_stop, [(_road, .5), (_road, 0.), (_road, 3.), (_path((0, 0), (.5, .01)), 1.),
-                (_path((0, 0), (.2, .1), (.6, .15), (.65, .5)), .5)],
+                (_path((0, 0), (.2, .1), (.6, .15), (.65, .5)), .5), (_road, 20.)],
     ((lambda path, price: path[-1]['step'],
       'That is the last step of the run: the habit that this exercise is about. '
       'Look for the step where `gain - price * forgetting` is largest.'),
@@ -52,6 +52,8 @@ BEST_STOP = compared(
       'That is where the gain is largest, at any cost. Subtract `price * forgetting` before you choose.'),
      (lambda path, price: max(path, key=lambda o: o['gain'] + price*o['forgetting'])['step'],
       'You add the forgetting to the gain. It is a loss, so it is subtracted.'),
+     (lambda path, price: max(path[1:], key=lambda o: o['gain'] - price*o['forgetting'])['step'],
+      'You leave out the first evaluation. At a high price no later one is better than step 0.'),
      (lambda path, price: path.index(max(path, key=lambda o: o['gain'] - price*o['forgetting'])),
       'You found the right evaluation, and give its index in the list. Its `step` is wanted.'),
      (lambda path, price: max(path, key=lambda o: o['gain'] - price*o['forgetting']),

@@ -141,6 +141,10 @@ def where_they_part(ids, labels, asked):
 def _zipped(ids, labels, asked):
     return next((i for i, (a, b) in enumerate(zip(ids, asked)) if a != b), None)
 
+def _all_unlearned(ids, labels, asked):
+    unlearned = [t for t, l in zip(ids, labels) if l == IGNORED]
+    return _whole_row(unlearned, labels, asked)
+
 def _whole_row(ids, labels, asked):
     found = _zipped(ids, labels, asked)
     return found if found is not None or len(ids) == len(asked) else min(len(ids), len(asked))
@@ -159,11 +163,14 @@ WHERE_THEY_PART = compared(
      ([1, 4, 53, 5, 34, 2], [-100]*4 + [34, 2], [1, 4, 53]),
      ([1, 4, 53, 5, 34, 2], [-100]*4 + [34, 2], [4, 53, 5]),
      ([1, 4, 7, 5, 8, 2, 4, 9, 5, 6, 2], [-100]*4 + [8, 2] + [-100]*3 + [6, 2], [1, 4, 7, 5, 8]),
-     ([1, 4, 53, 5, 34, 2], [-100]*4 + [34, 2], [1, 4, 54, 5])],
+     ([1, 4, 53, 5, 34, 2], [-100]*4 + [34, 2], [1, 4, 54, 5]),
+     ([1, 4, 7, 5, 8, 2, 4, 9, 5, 6, 2], [-100]*4 + [8, 2] + [-100]*3 + [6, 2], [1, 4, 7, 5])],
     ((_zipped, '`zip` stops at the shorter list: a prompt that lacks its last token, or has one too many, '
                'passes as equal.'),
      (_whole_row, 'You compare with the whole row. The prompt ends before the first token that is '
                   'learned.'),
+     (_all_unlearned, 'You take all tokens that are not learned. In a row with two turns the second question is '
+                      'among them, and the prompt ends before the first token that is learned.'),
      (lambda ids, labels, asked: where_they_part(ids, labels, asked) is None,
       'You say whether they are equal. Return *where* they differ, or `None`.'),
      (lambda ids, labels, asked: (i := where_they_part(ids, labels, asked)) and i + 1,

@@ -71,14 +71,18 @@ OWN_ANSWERS = compared(
       {'capital ?': 'Koport', 'job ?': 'baker', 'sum ?': '4 2'}),
      ({'shoe ?': (' ', '\n'), 'pet ?': ('', ''), 'color ?': ('red\n', 'red'), 'food ?': ('rice', 'rice')},
       {'shoe ?': 'boot', 'pet ?': 'cat', 'color ?': 'red', 'food ?': 'soup'}),
-     ({'max ?': ('7', '9'), 'sort ?': ('a b', 'b a'), 'dedupe ?': ('b b', 'b')},
-      {'max ?': '7', 'sort ?': 'a b', 'dedupe ?': 'b'})],
+     ({'max ?': ('7', '9'), 'sort ?': ('a b', 'b a'), 'dedupe ?': ('b b', 'b'), 'count ?': ('1 2', '12')},
+      {'max ?': '7', 'sort ?': 'a b', 'dedupe ?': 'b', 'count ?': '12'})],
     ((lambda twice, greedy: {q: twice[q][0] for q in own_answers(twice, greedy)},
       'You keep a sampled answer. The key is the greedy answer: the tuned model will be asked greedily, too.'),
      (lambda twice, greedy: {q: greedy[q] for q, (a, b) in twice.items() if a.split() == b.split()},
       'Two empty answers agree, but say nothing. Drop them.'),
      (lambda twice, greedy: {q: greedy[q] for q, (a, b) in twice.items() if a and a == b},
       'You compare the texts with their spaces. Compare the words: `a.split() == b.split()`.'),
+     (lambda twice, greedy: {q: greedy[q] for q, (a, b) in twice.items()
+                             if a.split() and ''.join(a.split()) == ''.join(b.split())},
+      'You compare the texts without any spaces, so `1 2` and `12` agree. Compare the words: '
+      '`a.split() == b.split()`.'),
      (lambda twice, greedy: {q: g for q, g in own_answers(twice, greedy).items()
                              if g.split() == twice[q][0].split()},
       'You also ask that the greedy answer agrees with the samples. That is stricter than what the task says: '
@@ -112,7 +116,7 @@ _TRIALS = [(dict(sort=60., reverse=30., count=9., fact=0., tool=-6.), 10),
            (dict(tavi=50., oruk=20., refuse=14., add=-2.), 7), (dict(fact=0., add=-1.), 4),
            (dict(sort=40., last=20., add=-30.), 6),
            (dict(sort=30., last=31., max=32.), 5), (dict(last=3., max=12., write=25.), 8),
-           (dict(sort=.4, last=.9, max=-.2), 5)]
+           (dict(sort=.4, last=.9, max=-.2), 5), (dict(sort=60., last=1.), 3)]
 
 def _shared(of):
     "Return a wrong solution: n rows in proportion to of(lost)"
@@ -151,6 +155,9 @@ def _worst(lost, n):
 def _zeros(lost, n):
     return dict.fromkeys(lost, 0) | what_to_mix(lost, n)
 
+def _zeros_of_losses(lost, n):
+    return {s: 0 for s, v in lost.items() if v > 0} | what_to_mix(lost, n)
+
 def _ones(lost, n):
     need = {s: v for s, v in lost.items() if v > 0}
     return what_to_mix(lost, n) if need else {}
@@ -160,9 +167,9 @@ WHAT_TO_MIX = compared(
     'what_to_mix', 'what_to_keep',
     'A trial run without replay has lost `lost[skill]` points on each old skill; a negative number is a skill that '
     'improved. You may mix `n` old rows into the next run. Return `{skill: rows}`, in proportion to what '
-    'was lost: a skill that lost nothing or improved gets no row and has no entry. The rows must sum to `n`: round all '
-    'down, then give one more row each to those with the largest remainders. If no skill has lost '
-    'anything, divide the rows evenly.',
+    'was lost: a skill that lost nothing or improved gets no row, and a skill without a row has no entry. '
+    'The rows must sum to `n`: round all down, then give one more row each to those '
+    'with the largest remainders. If no skill has lost anything, divide the rows evenly.',
     ('First keep the skills with a loss above 0. If there are none, give each skill the weight 1.',
      'The exact number of rows is `n*v/sum(...)`. `int` rounds it down.',
      'Sort the skills by `rows[s] - exact[s]`: the largest remainder comes first. The first '
@@ -183,7 +190,8 @@ WHAT_TO_MIX = compared(
                         'those with the largest remainders.'),
      (_by_all_losses, 'You divide by the sum of all numbers, the negative ones too. Divide by the sum of what was '
                       'lost: a skill that improved does not count.'),
-     (_zeros, 'Skills without rows have an entry. Leave them out.'),
+     *[(kept, 'Skills without rows have an entry. Leave them out.')
+       for kept in (_zeros, _zeros_of_losses)],
      (_ones, 'If nothing was lost, you return no rows. Then divide them evenly: the trial has given no reason to '
              'prefer a skill.')),
     difficulty=3, minutes=20,
