@@ -438,6 +438,10 @@ def test_the_chapter_on_low_rank_says_what_the_claim_found():
     "Sections 5 and 7 put these into words; a claim that is run again may make them wrong"
     claim = next(c for c in ftlab.papers.claims() if c.key == 'lora')
     result = json.loads(claim.result.read_text())
+    real = next(c for c in ftlab.papers.real_claims() if c.key == 'lora')
+    kept = json.loads(real.result.read_text())['contrasts'][1]
+    assert round(contrast(kept)['mean'], 2) == -.41, 'SmolLM2: .41 nats a token more'
+    assert kept['rates']['lora'] == max(real.spec['arms']['lora']['grid']), 'at the largest rate'
     learns, narrow, rate, forgets = result['contrasts']
     assert [c['metric'] for c in result['contrasts']] == ['gain', 'gain', 'log_ratio', 'forgetting_matched']
     assert [contrast_verdict(c)[0] for c in result['contrasts']] == ['unclear', 'fails', 'fails', 'fails']

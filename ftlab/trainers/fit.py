@@ -387,10 +387,10 @@ def _check_classifier(model, data:Data) -> None:
     classes = getattr(model.config, 'num_labels', None) if is_classifier else None
     if classes is None:
         raise ValueError(f'the data have labels, but {name} has no classifier; load it with '
-                         'ftlab.load(name, labels=data.labels)')
+                         'ftlab.load(name, labels=data.labels), which gives it a new head')
     if classes != len(data.labels):
         raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load '
-                         'it with ftlab.load(name, labels=data.labels)')
+                         'it with ftlab.load(name, labels=data.labels), which gives it a new head')
 
 # %% ../../nbs/trainers/fit.ipynb #cb545b81
 def _name_labels(model, data:Data) -> None:

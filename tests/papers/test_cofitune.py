@@ -128,7 +128,8 @@ def test_general_text_may_be_given():
 @pytest.mark.parametrize('make, says', [
     (lambda: cofitune(soft='x'), 'must be'), (lambda: cofitune((.5, .25)), 'ascending'),
     (lambda: cofitune((0., .1)).select(toy()), 'wider range'),
-    (lambda: cofitune(roles=('x',)).select(toy()), 'other roles'),
+    (lambda: cofitune(roles=('x',)).select(toy()), "no part or role is called 'x'"),
+    (lambda: cofitune(roles=('router',)).select(toy()), 'other roles'),
     (lambda: SoftMask().after_step(None), 'computes none')])
 def test_wrong_arguments_say_what_is_wrong(make, says):
     with pytest.raises(ValueError, match=says):
