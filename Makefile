@@ -34,7 +34,7 @@ help:
 	@echo '                 uses another Python as it is, with wheels for what it lacks, and no network'
 	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto if it is on the path, else with Sphinx; a minute or two)'
 	@echo 'make index       every generated list: sidebar, contents, tables of papers, verdict counts, README.md'
-	@echo 'make paper KEY=model_soups page, claim and test of a paper of the catalogue, ready to fill in'
+	@echo 'make paper       page, claim and test of a paper of the catalogue, ready to fill in: KEY=model_soups'
 	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours, lab-l a day; the shipped ones are frozen)'
 	@echo 'make clean       remove .venv and all build files'
 

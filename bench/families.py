@@ -262,9 +262,9 @@ def reaching(found: dict) -> list[str]:
 
 def row_of(m: dict, tried: list, cost: dict) -> dict:
     "A method's row in the result file; values in lists are one a seed"
-    of = lambda k: [s[k] for s in m['seeds']]
+    of, none = lambda k: [s[k] for s in m['seeds']], [None]*len(m['seeds'])
     return dict(cost, rate=m['rate'], tried=tried, gain=of('gain'), forgetting=of('forgetting'),
-                rate_matched=None, forgetting_matched=[None]*len(m['seeds']),
+                rate_matched=None, gain_matched=none, forgetting_matched=none,
                 errors=[e for e in of('error') if e], frontier=m['frontier'])
 
 
@@ -277,8 +277,8 @@ def result_of(recipes: dict, costs: dict, setting: Setting, folder: Path, seeds:
     tried = {n: m['tried'] for n, m in found['tuning']['methods'].items()}
     rows = {m['name']: row_of(m, tried[m['name']], costs[m['name']]) for m in found['methods']}
     for m in equal['methods'] if equal['common'] else ():
-        rows[m['name']] |= dict(rate_matched=m['rate_matched'],
-                                forgetting_matched=[s['forgetting_matched'] for s in m['seeds']])
+        rows[m['name']] |= dict(rate_matched=m['rate_matched']) | {
+            k: [s[k] for s in m['seeds']] for k in ('gain_matched', 'forgetting_matched')}
     how = found['protocol']
     return dict(part=setting.part, data=found['data'], model=setting.called,
                 budget=setting.budget,

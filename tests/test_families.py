@@ -157,6 +157,28 @@ def test_a_result_is_written_beside_the_others_and_read_back(tmp_path):
     assert 'no result yet' in none and 'no result yet' not in said
 
 
+def test_large_numbers_have_commas_and_no_decimals(tmp_path):
+    put(tmp_path, full=row([.5], optimizer_bytes=7_133_336),
+        small=row([.4], optimizer_bytes=71_392))
+    said = family_words('subsets', read_family(tmp_path/'family_subsets.json'))
+    assert '| 7,130 |' in said and '| 71.4 |' in said
+
+
+def test_a_method_that_is_not_at_the_equal_gain_is_marked(tmp_path):
+    rows = dict(on=row([.6, .6], gain_matched=[.49, .53]), off=row([.2, .8], gain_matched=[.2, .5]),
+                none=row([.1, .1], gain_matched=[None]*2, forgetting_matched=[None]*2))
+    for name, target in (('with', .5), ('without', None)):
+        one = entry(**rows) | dict(target=target)
+        families.write(tmp_path/'family_subsets.json', 'subsets', name, one)
+    shown = {k: {r['method']: r['lost at equal gain'] for r in setting_rows(e)}
+             for k, e in entries_of(read_family(tmp_path/'family_subsets.json')).items()}
+    assert shown['with'] == dict(on=5., off='5.0 †', none=None)
+    assert shown['without'] == dict(on=5., off=5., none=None)
+    said = family_words('subsets', dict(settings=dict(one=entry(**rows) | dict(target=.5))))
+    assert '5.0 †' in said and 'more than two points from the equal gain' in said
+    assert '†' not in family_words('subsets', dict(settings=dict(one=entry(**rows))))
+
+
 def test_an_answer_names_what_cannot_be_told_apart():
     rows = dict(a=row([.8, .9], saved_bytes=100), b=row([.7, .82], saved_bytes=100.5),
                 c=row([.6, .79], saved_bytes=200))

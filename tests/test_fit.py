@@ -546,6 +546,11 @@ def test_an_exported_folder_loads_without_ftlab(tmp_path):
     assert not list(tmp_path.glob('*.tmp'))
     with pytest.raises(FileExistsError, match='is not empty'):
         runs['full'].export(tmp_path/'lora')
+    (tmp_path/'file').write_text('old')
+    for form in ('plain', 'peft'):
+        with pytest.raises(FileExistsError, match="file' exists and is a file; name another path"):
+            runs['full'].export(tmp_path/'file', form=form)
+    assert (tmp_path/'file').read_text() == 'old'
     with pytest.raises(ValueError, match='acts on activations'):
         tune(Recipe('offset', select=parts(), delta=Offset)).export(tmp_path/'offset')
 

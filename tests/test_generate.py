@@ -87,6 +87,8 @@ def test_a_conversation_needs_a_template():
     for wrong, n in ((talk, 2), ([], 0), (dict(messages=talk), 2)):
         with pytest.raises(ValueError, match=f'^prompt 2 has {n} messages, and the tokenizer has no chat template'):
             render(['q', wrong], tok)
+    with pytest.raises(ValueError, match='^prompt 1 has tools, and the tokenizer has no chat template'):
+        render([dict(messages=talk[1:], tools=[dict(name='look')])], tok)
 
 @pytest.mark.parametrize('rows, says', [
     ([], 'there are no rows to answer'), ([dict(messages=[])], 'row 1 of 1 has no .*, only messages; give rows with'),

@@ -269,6 +269,12 @@ def test_what_would_only_fail_after_training_is_refused_before(made, tmp_path, c
         said = capsys.readouterr().err
         assert say in said and 'result.json' in said
 
+def test_a_run_is_not_written_over_a_file(made, tmp_path):
+    (tmp_path/'run').write_text('old')
+    with pytest.raises(FileExistsError, match="run' exists and is a file; name another path"):
+        made[1].train('full', tmp_path/'run', progress=False)
+    assert (tmp_path/'run').read_text() == 'old'
+
 def test_the_device_of_the_comparison_is_used_or_its_absence_said(made):
     _, found = made
     r = copy.deepcopy(found.result)

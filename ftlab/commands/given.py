@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 import ftlab
+from ..core.io import vacant
 
 # %% auto #0
 __all__ = ['positive', 'not_negative', 'rate', 'passes', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'mixture_of',
@@ -168,9 +169,4 @@ def new_folder(path:str,  # as the user typed it
               ) -> Path:
     """Return a folder that may be written. Raises `FileExistsError` if it is a file or a folder that is
     not empty, before the work and not after it."""
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f'{option} {path!r} exists and is a file; name another path')
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f'{option} {path!r} is not empty; name a new folder')
-    return folder
+    return vacant(path, f'{option} {path!r}')

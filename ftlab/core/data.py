@@ -369,7 +369,7 @@ def _records(source, columns:Mapping[str, list[str]], what:str,
     import datasets
     streamed = isinstance(source, datasets.IterableDataset)
     if not streamed and not isinstance(source, datasets.Dataset):
-        raise ValueError(f'{what} is a {type(source).__name__}; give a path, a list of dicts, a '
+        raise ValueError(f'{what} has the type {type(source).__name__}; give a path, a list of dicts, a '
                          'datasets.Dataset, or a lab skill by name '
                          '(a pandas frame: df.to_dict("records"); a generator: list(rows))')
     if streamed and most is None:

@@ -16,7 +16,7 @@ __all__ = ['render', 'render_within', 'left_pad', 'stop_ids', 'answer_text', 'ge
 def render(prompts:list, # texts, lists of chat messages, or dicts of `messages` and `tools`
            tok) -> list[list[int]]:
     """Return the token ids of each prompt, ending where the answer begins. Raises `ValueError` for a
-    prompt of several messages if the tokenizer has no chat template."""
+    prompt of several messages, or with tools, if the tokenizer has no chat template."""
     chats = [p if isinstance(p, dict) else dict(messages=p) for p in map(_as_chat, prompts)]
     if tok.chat_template is None:
         for i, c in enumerate(chats, 1):
@@ -24,6 +24,9 @@ def render(prompts:list, # texts, lists of chat messages, or dicts of `messages`
                 raise ValueError(f'prompt {i} has {len(c["messages"])} messages, and the tokenizer has no chat '
                                  'template to write them as text; give the prompt as one text, or set '
                                  'tok.chat_template')
+            if c.get('tools'):
+                raise ValueError(f'prompt {i} has tools, and the tokenizer has no chat template to write them as text; '
+                                 'leave the tools out, write them into the text, or set tok.chat_template')
         begin, _ = outer_ids(tok, 'text')
         texts = [c['messages'][-1]['content'] for c in chats]
         return [begin + i for i in token_ids(texts, tok, add_special_tokens=False)]

@@ -23,7 +23,7 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['LOCK', 'DiskFull', 'disk_trouble', 'leftovers', 'remove', 'staging', 'usual_modes', 'flush', 'write_atomically',
            'write_text', 'write_tensors', 'read_metadata', 'read_tensors', 'Busy', 'only_writer', 'check_room',
-           'TemporaryFolder', 'sweep']
+           'vacant', 'TemporaryFolder', 'sweep']
 
 # %% ../../nbs/core/io.ipynb #0005bdb4
 class DiskFull(OSError):
@@ -301,6 +301,18 @@ def check_room(folder:str|Path, # created if it does not exist
         raise found from e
     if need > _free(folder):
         raise disk_trouble(OSError(errno.ENOSPC, 'no space'), folder, need)
+
+# %% ../../nbs/core/io.ipynb #1b5c0a72
+def vacant(path:str|Path,      # where a folder is to be written
+           named:str|None=None # what errors call it; None: its path
+          ) -> Path:
+    "Return the path of a new folder. Raises `FileExistsError` for a file and for a folder that is not empty."
+    path, named = Path(path), named or repr(str(path))
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f'{named} exists and is a file; name another path')
+    if path.exists() and any(path.iterdir()):
+        raise FileExistsError(f'{named} is not empty; name a new folder')
+    return path
 
 # %% ../../nbs/core/io.ipynb #0016bdb4
 class TemporaryFolder:

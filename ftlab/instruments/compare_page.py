@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from ..core.table import html_table, text_table
 from ..evaluators.forgetting import change_in_words
+from .families import off_target
 from .views import method_styles
 
 # %% auto #0
-__all__ = ['MEANT', 'PAGE', 'titles', 'table_of', 'span', 'off_target', 'cells_of', 'table_html', 'table_text', 'picture',
-           'image', 'tag', 'reading', 'allowed', 'warned', 'in_words', 'tuning_words', 'html_page']
+__all__ = ['MEANT', 'PAGE', 'titles', 'table_of', 'span', 'cells_of', 'table_html', 'table_text', 'picture', 'image', 'tag',
+           'reading', 'allowed', 'warned', 'in_words', 'tuning_words', 'html_page']
 
 # %% ../../nbs/instruments/compare_page.ipynb #0026c6d6
 def titles(result:dict) -> dict[str, str]:
@@ -58,11 +59,6 @@ def span(d:dict|None) -> str:
     return ('–' if not d or d['mean'] is None else f'{d["mean"]:.3f}'
             + (f' [{d["low"]:.3f}, {d["high"]:.3f}]' if d['low'] is not None else ''))
 
-def off_target(method:dict, target:float|None) -> bool:
-    "Return whether a method was read more than two points from the equal gain, on test questions"
-    reached = method['gain_matched']['mean']
-    return target is not None and reached is not None and abs(reached - target) > .02
-
 def cells_of(result:dict) -> tuple[list[str], list[list[str]]]: # the names of the columns; one row a method
     "Return the table as text, the same wherever it is shown"
     names, limit = titles(result), result['lose_at_most']
@@ -71,7 +67,7 @@ def cells_of(result:dict) -> tuple[list[str], list[list[str]]]: # the names of t
             *(f'{k} within {limit:g} points' for k in kept),
             'lost', 'won', 'seconds', 'peak MB', 'trained', 'head', 'saved KB']
     num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
-    elsewhere = lambda m: ' †' if off_target(m, result['target']) else ''
+    elsewhere = lambda m: ' †' if off_target(m['gain_matched']['mean'], result['target']) else ''
     def cells(m, r):
         crashed = f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''
         mark = ' ‡' if m['hangs'] else ' (stopped early)' if m['stopped'] else ''
@@ -234,7 +230,7 @@ def warned(r:dict) -> list[str]:
                         f'{h["other"]} forgets {theirs:.3f} (validation questions{seeds}).')
         if m['stopped']:
             said.append(f'{m["name"]} was stopped early: at every gain {m["stopped"]} clearly forgets less.')
-        if off_target(m, r['target']):
+        if off_target(m['gain_matched']['mean'], r['target']):
             said.append(f'† {m["name"]} reached {m["gain_matched"]["mean"]:.3f} on test questions instead of '
                         f'{r["target"]:.3f}; its forgetting is read there, not at the equal gain.')
         cost = m['within'] and m['within']['forgetting']['mean']

@@ -14,7 +14,7 @@ from ..core.table import markdown_table
 
 # %% auto #0
 __all__ = ['CONCERNS', 'FAMILIES', 'Concern', 'values_of', 'answer', 'answer_words', 'entries_of', 'seeds_of', 'points',
-           'setting_rows', 'setting_table', 'read_family', 'no_result', 'family_words', 'family_shown']
+           'setting_rows', 'off_target', 'setting_table', 'read_family', 'no_result', 'family_words', 'family_shown']
 
 # %% ../../nbs/instruments/families.ipynb #fam00006
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def setting_rows(entry:Mapping # of a result file
         row = {'method': name, 'rate': f'{m["rate"]:.2g}', 'gained': points(m['gain']),
                'apart': round(100*(max(m['gain']) - min(m['gain'])), 1),
                'lost': points(m['forgetting']),
-               'lost at equal gain': points(m['forgetting_matched']),
+               'lost at equal gain': _equal(m, entry.get('target')),
                'trained, %': _of(m, 'share', 100),
                'optimizer state, kB': _of(m, 'optimizer_bytes', 1e-3),
                'saved, kB': _of(m, 'saved_bytes', 1e-3),
@@ -110,9 +110,23 @@ def setting_rows(entry:Mapping # of a result file
     rows.sort(key=lambda r: -r['gained'])
     return [{k: v for k, v in r.items() if any(x.get(k) is not None for x in rows)} for r in rows]
 
+def off_target(reached:float|None, target:float|None) -> bool:
+    "Return whether a method was read more than two points from the equal gain, on test questions"
+    return None not in (reached, target) and abs(reached - target) > .02
+
+def _equal(m, target):
+    "What was lost at equal gain in points, marked where the test seeds are not at that gain"
+    lost, reached = points(m['forgetting_matched']), m.get('gain_matched')
+    off = lost is not None and reached and off_target(fmean(reached), target)
+    return f'{lost} †' if off else lost
+
 def _of(m, key, scale):
+    "Three digits, and no decimals where they are not among the three"
     value = m.get(key)
-    return None if value is None else float(f'{value*scale:.3g}')
+    if value is None:
+        return None
+    value = float(f'{value*scale:.3g}')
+    return int(value) if value >= 100 else value
 
 def _calibration(m) -> dict:
     "Return confidence, share right and their mean gap (ECE), over answer tokens; means over seeds"
@@ -145,13 +159,16 @@ def family_words(family:str, result:Mapping|None) -> str:
 
 def _setting_words(name, entry) -> str:
     rows = setting_rows(entry)
-    cell = lambda k, v: '' if v is None else f'`{v}`' if k == 'method' else v
+    cell = lambda k, v: ('' if v is None else f'`{v}`' if k == 'method' else
+                         v if isinstance(v, str) else f'{v:,}')
     cells = [[cell(k, v) for k, v in r.items()] for r in rows]
     n, how = seeds_of(entry['methods']), entry['settings']
     drawn = 'each seed draws rows anew' if entry['redrawn'] else 'the seeds share their rows'
     head = (f'**{name}** ({entry["model"]}, {how["steps"]} steps of {how["batch_size"]} rows, '
             f'{n} seed{"s"*(n > 1)}; {drawn}; lost: {entry["forgetting"]})')
     out = [head, markdown_table(list(rows[0]), cells)]
+    if any('†' in str(r.get('lost at equal gain')) for r in rows):
+        out.append('† On test questions its gain there is more than two points from the equal gain.')
     if left := entry.get('left_out'):
         out.append('Left out: ' + '; '.join(f'`{k}` ({why})' for k, why in left.items()) + '.')
     return '\n\n'.join(out)

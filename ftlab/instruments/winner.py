@@ -17,6 +17,7 @@ from ..adapters.delta import Entries
 from ..adapters.edit import attach_change, scale
 from ..adapters.lowrank import LoRA
 from ..core.data import Data, data as as_data
+from ..core.io import vacant
 from ..core.labels import numbered
 from ..core.loading import find_device
 from ..core.mix import read_again
@@ -278,8 +279,8 @@ def train_again(comparison,               # a `Comparison`
     p = comparison.result['protocol']
     row = next(m for m in comparison.result['methods'] if m['name'] == choice.method)
     recipe = _recipe_again(row, comparison.recipes, recipe)
-    if out is not None and Path(out).exists() and any(Path(out).iterdir()):
-        raise FileExistsError(f'{str(out)!r} is not empty; name a new folder for the run')
+    if out is not None:
+        vacant(out)
     base, data = _given(comparison, model, data, device)
     seed = p['seeds'][0]
     net, tok = base(seed)

@@ -18,7 +18,7 @@ from ..adapters.attach import Attached, oriented, own_buffers, own_weights, owne
 from ..adapters.lowrank import check_peft, pair_of, to_peft
 from ..adapters.store import pack, save_delta
 from ..core.gguf_file import gguf_notes, write_gguf
-from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
+from ..core.io import disk_trouble, flush, read_tensors, staging, vacant, write_text
 from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
 from ..core.four_bits import made_whole
@@ -168,11 +168,9 @@ def save_run(run:Run, folder:str|Path,
 # %% ../../nbs/trainers/run.ipynb #0008191a
 def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
     """Write the merged model as a plain Hugging Face folder; the model itself stays as it is.
-    Raises `FileExistsError` for a folder that is not empty, `ValueError` for changes of activations,
+    Raises `FileExistsError` as `vacant` does, `ValueError` for changes of activations,
     `DiskFull` if the disk is full."""
-    folder, weights = Path(folder), merged_weights(model, attached)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
+    folder, weights = vacant(folder), merged_weights(model, attached)
     try:
         with staging(folder) as made:
             with quiet():
@@ -261,9 +259,7 @@ NOT_ITS_FILES = ('it starts with random values', 'only the text part', 'an adapt
 def export_peft(run:Run, folder:str|Path) -> Path:
     """Write the change as an adapter folder of peft, with the tokenizer. Raises `FileExistsError` for a folder
     that is not empty, and `ValueError` for what such a folder cannot hold."""
-    folder, way = Path(folder), 'export the whole model as a plain folder instead'
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
+    folder, way = vacant(folder), 'export the whole model as a plain folder instead'
     if odd := [n for n in notes_of(run.model) if any(k in n for k in NOT_ITS_FILES)]:
         raise ValueError(f'the base is not what its files hold, so an adapter for it would be wrong ({odd[0]}); {way}')
     if run.recipe.stages:
