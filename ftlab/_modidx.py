@@ -2752,6 +2752,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                         'ftlab/evaluators/mechanisms/entity_circuits.py'),
                                                              'ftlab.evaluators.mechanisms.entity_circuits.entity_circuits': ( 'evaluators/mechanisms/entity_circuits.html#entity_circuits',
                                                                                                                               'ftlab/evaluators/mechanisms/entity_circuits.py'),
+                                                             'ftlab.evaluators.mechanisms.entity_circuits.everywhere': ( 'evaluators/mechanisms/entity_circuits.html#everywhere',
+                                                                                                                         'ftlab/evaluators/mechanisms/entity_circuits.py'),
                                                              'ftlab.evaluators.mechanisms.entity_circuits.other_tokens': ( 'evaluators/mechanisms/entity_circuits.html#other_tokens',
                                                                                                                            'ftlab/evaluators/mechanisms/entity_circuits.py'),
                                                              'ftlab.evaluators.mechanisms.entity_circuits.path_scores': ( 'evaluators/mechanisms/entity_circuits.html#path_scores',

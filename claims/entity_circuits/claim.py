@@ -1,4 +1,4 @@
-"""lab-l after 2,214 steps of pretraining, and after 100 more on boxes and moves: is the base's
+"""lab-l after 2,214 steps of pretraining, and after 200 more on boxes and moves: is the base's
 circuit the tuned model's, and do its head outputs carry the gain into the base?"""
 from functools import cache
 import ftlab
@@ -8,36 +8,27 @@ from ftlab.evaluators.mechanisms.entity_circuits import (base_circuit, box_accur
 from ftlab.evaluators.patching import all_heads, mean_activations
 
 @cache
-def circuit(seed): # the same at each rate
-    return base_circuit(*ftlab.load('lab-l', revision='step-2214'), seed)
+def circuit(seed): # the same at each rate; found on 33 prompts, pruned on 50
+    return base_circuit(*ftlab.load('lab-l', revision='step-2214'), seed, prompts=200)
 
 def run(arm, rate, seed, split, steps) -> dict:
     "All measures of one tuned model; the other arms are derived. The seed draws data, prompts, controls"
-    masks = 60 if split == 'test' else 0 # no rate is chosen by them, and they are most of the time
-    v = entity_circuits(seed, rate=rate, steps=steps, masks=masks,
+    v = entity_circuits(seed, rate=rate, steps=steps, prompts=400, masks=0,
                         groups=circuit(seed)).values
-    gain = v['tuned.accuracy'] - v['base.accuracy']
-    share = lambda cmap: (cmap - v['base.accuracy'])/gain if gain > 0 else 0.
-    out = dict(accuracy=v['tuned.accuracy'], gain=gain, heads=v['base.heads'],
-               faithfulness=v['tuned.faithfulness'], recovered=share(v['circuit.cmap']),
-               circuit=v['tuned.circuit'], base_accuracy=v['base.accuracy'],
-               base_faithfulness=v['base.faithfulness'],
-               no_circuit=v['none.circuit'], all_recovered=share(v['all.cmap']),
-               alone=v['alone.circuit'],
-               random_faithfulness=v['random.faithfulness'],
-               random_recovered=share(v['random.cmap']))
-    groups = {f'recovered_{g}': share(v[f'{g}.cmap'])
-              for g in ('fetcher', 'transmitter', 'detector', 'reader')}
-    found = {k.replace('.', '_'): x for k, x in v.items()
-             if k.endswith(('position', 'label', 'object'))}
-    return out | groups | found
+    out = {k.replace('.', '_'): x for k, x in v.items()}
+    halfway = (v['base.accuracy'] + v['tuned.accuracy'])/2
+    return out | dict(accuracy=v['tuned.accuracy'], gain=v['tuned.accuracy'] - v['base.accuracy'],
+                      faithfulness=v['tuned.faithfulness'], circuit=v['tuned.circuit'],
+                      patched=v['circuit.cmap'], halfway=halfway,
+                      outside_above=v['outside.cmap'] - (v['base.accuracy'] + halfway)/2)
 
 def derive(found) -> dict:
-    "The base and the random circuits, from the same runs"
+    "The base, the middle between base and tuned model, and random heads, from the same runs"
     of = found['tuned']
-    base = dict(circuit=of['base_accuracy'], faithfulness=of['base_faithfulness'])
-    drawn = dict(faithfulness=of['random_faithfulness'], recovered=of['random_recovered'])
-    return dict(base=base, random=drawn)
+    return dict(base=dict(circuit=of['base_accuracy']), halfway=dict(patched=of['halfway']),
+                random=dict(faithfulness=of['random_faithfulness'], patched=of['random_cmap']),
+                outside=dict(patched=of['outside_cmap']),
+                others=dict(patched=of['others_cmap']))
 
 def identities() -> dict[str, bool]:
     model, tok = ftlab.load('lab-l', revision='step-2214')

@@ -126,10 +126,15 @@ def faithfulness(model:nn.Module, batch:Mapping[str, Tensor], circuit:Circuit, #
 # %% ../../nbs/evaluators/circuits.ipynb #0009c17c
 def random_circuit(model:nn.Module,
                    like:Circuit, # how many heads, at which places
-                   seed:int=0
+                   seed:int=0,
+                   avoid:Iterable[Site]=() # heads that are not drawn
                   ) -> dict[str, tuple[Site, ...]]: # {place: sites}
-    "Draw as many heads at each place, without replacement. The same seed gives the same heads"
-    draw, heads = random.Random(seed), all_heads(model)
+    """Draw as many heads at each place, without replacement. The same seed gives the same heads. Raises
+    `ValueError` if there are fewer to draw from than a place asks for"""
+    draw, avoid = random.Random(seed), frozenset(avoid)
+    heads = [s for s in all_heads(model) if s not in avoid]
+    if (most := max(map(len, places_of(like).values()), default=0)) > len(heads):
+        raise ValueError(f'{most} heads are asked for at one place, and there are {len(heads)} to draw from')
     return {p: tuple(sorted(draw.sample(heads, len(sites))))
             for p, sites in places_of(like).items()}
 

@@ -1,13 +1,16 @@
 "entity_circuits: what its page cannot say about itself"
 import inspect
+from functools import cache
+from types import SimpleNamespace
 import pytest, torch
 from ftlab.core.loading import load
 from ftlab.evaluators.mechanisms.entity_circuits import (
     GROUPS, PROPERTIES, base_circuit, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
-    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, entity_circuits, other_tokens,
+    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, entity_circuits, everywhere, other_tokens,
     path_scores, property_mask, pruned, random_groups)
 from ftlab.evaluators.circuits import circuit_logits, probability
 from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
+from ftlab.instruments.claims import named_claim, script_of
 from toys import TOK, toy
 
 
@@ -74,6 +77,15 @@ def test_groups_are_found_backwards_and_pruned():
         drawn = by_place(random_groups(model, groups, seed))
         wanted = {k: len(v) for k, v in by_place(groups).items()}
         assert {k: len(set(v)) for k, v in drawn.items()} == wanted
+        others = random_groups(model, groups, seed, outside=True)
+        inside = {s for sites in groups.values() for s in sites}
+        assert {k: len(set(v)) for k, v in by_place(others).items()} == wanted
+        assert not inside & {s for sites in others.values() for s in sites}
+    assert all(set(heads) == set(all_heads(model)) - inside and len(heads) == len(set(heads))
+               for heads in everywhere(model, groups).values())
+    assert set(by_place(everywhere(model))) == {'last', 'query', 'label'}
+    with pytest.raises(ValueError, match='asked for at one place, and there are 0 to draw from'):
+        random_groups(model, dict(fetcher=all_heads(model)), outside=True)
     heads = groups['fetcher'] or [Site('head', 0, 0)]
     mask = property_mask(model, tok, heads, 'last', 'position', n=4, boxes=3, steps=2)
     assert 0 <= mask.accuracy <= 1 and len(mask.losses) == 2
@@ -103,7 +115,7 @@ def test_a_prompt_with_a_wrong_answer_does_not_decide_which_heads_matter():
 
 
 def test_a_circuit_that_is_found_once_is_the_one_that_the_study_finds(monkeypatch):
-    "The claim finds it once for all rates, with what `base_circuit` has by default"
+    "The claim finds it once for all rates"
     default = lambda f: {k: p.default for k, p in inspect.signature(f).parameters.items()}
     same = 'seed', 'boxes', 'prompts', 'sizes'
     assert all(default(base_circuit)[k] == default(entity_circuits)[k] for k in same)
@@ -116,6 +128,26 @@ def test_a_circuit_that_is_found_once_is_the_one_that_the_study_finds(monkeypatc
     found = entity_circuits(3, **toy)
     assert seen == [(3, 3, 4, sizes)]
     assert entity_circuits(3, **toy, groups=once) == found and len(seen) == 1
+
+
+def test_the_claim_finds_one_circuit_and_asks_for_the_middle_and_a_quarter(monkeypatch):
+    claim, asked = script_of(named_claim('entity_circuits')), []
+    monkeypatch.setattr(claim, 'circuit', cache(claim.circuit.__wrapped__))
+    monkeypatch.setattr(claim, 'base_circuit', lambda *a, **k: asked.append((a[2:], k)) or 'groups')
+    values = {'base.accuracy': .7, 'tuned.accuracy': .9, 'tuned.faithfulness': .95, 'tuned.circuit': .85,
+              'circuit.cmap': .88, 'outside.cmap': .76, 'others.cmap': .79, 'random.cmap': .81,
+              'random.faithfulness': .2}
+    how = []
+    monkeypatch.setattr(claim, 'entity_circuits',
+                        lambda seed, **k: how.append(k) or SimpleNamespace(values=values))
+    o = [claim.run('tuned', rate, 7, 'test', 200) for rate in (1e-3, 1e-4)][0]
+    assert asked == [((7,), dict(prompts=200))] # 33 for path patching, 50 for pruning
+    assert {k['groups'] for k in how} == {'groups'} and {k['prompts'] for k in how} == {400}
+    assert o['outside_above'] == pytest.approx(.76 - .75) and o['gain'] == pytest.approx(.2)
+    arms = claim.derive(dict(tuned=o))
+    assert {n: round(a['patched'], 3) for n, a in arms.items() if 'patched' in a} == dict(
+        halfway=.8, random=.81, outside=.76, others=.79)
+    assert arms['base'] == dict(circuit=.7) and arms['random']['faithfulness'] == .2
 
 
 @pytest.mark.parametrize('moved', [False, True])

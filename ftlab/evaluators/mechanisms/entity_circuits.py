@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 from ...core.data import data
@@ -26,8 +27,8 @@ from ...trainers.fit import fit
 
 # %% auto #0
 __all__ = ['GROUPS', 'PROPERTIES', 'Boxes', 'box_prompts', 'box_rows', 'elsewhere', 'corrupted', 'path_scores', 'box_circuit',
-           'by_place', 'random_groups', 'box_accuracy', 'other_tokens', 'circuit_accuracy', 'pruned', 'cmap_accuracy',
-           'counterfactual', 'property_mask', 'base_circuit', 'entity_circuits']
+           'by_place', 'random_groups', 'everywhere', 'box_accuracy', 'other_tokens', 'circuit_accuracy', 'pruned',
+           'cmap_accuracy', 'counterfactual', 'property_mask', 'base_circuit', 'entity_circuits']
 
 # %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0006ec7c
 @dataclass(frozen=True, eq=False)
@@ -175,11 +176,24 @@ def by_place(groups:Mapping[str, Sequence[Site]]) -> dict[str, tuple[Site, ...]]
     return out
 
 def random_groups(model:nn.Module, like:Mapping[str, Sequence[Site]],
-                  seed:int=0) -> dict[str, tuple[Site, ...]]:
-    "Draw as many different heads at each place, which stand under the place's first group"
-    drawn = random_circuit(model, by_place(like), seed)
-    first = {place: g for g, (place, _) in reversed(GROUPS.items())}
-    return {first[place]: sites for place, sites in drawn.items()}
+                  seed:int=0,
+                  outside:bool=False # are heads of the groups themselves left out, at every place?
+                 ) -> dict[str, tuple[Site, ...]]:
+    """Draw as many different heads at each place, which stand under the place's first group. Raises
+    as `random_circuit` does"""
+    avoid = {s for sites in like.values() for s in sites} if outside else ()
+    drawn = random_circuit(model, by_place(like), seed, avoid)
+    return {_FIRST[place]: sites for place, sites in drawn.items()}
+
+_FIRST = {place: g for g, (place, _) in reversed(GROUPS.items())} # {place: its first group}
+
+def everywhere(model:nn.Module,
+               but:Mapping[str, Sequence[Site]]=MappingProxyType({}) # groups whose heads are left out, at every place
+              ) -> dict[str, tuple[Site, ...]]:
+    "Return all other heads, at each of the three places"
+    inside = {s for sites in but.values() for s in sites}
+    heads = tuple(s for s in all_heads(model) if s not in inside)
+    return dict.fromkeys(_FIRST.values(), heads)
 
 # %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0010ec7c
 def box_accuracy(model:nn.Module, prompts:Boxes) -> float:
@@ -304,13 +318,13 @@ def entity_circuits(seed:int=0,
                     task:str|None=None,          # as in `ftlab.data`; None: other questions of the same form
                     prompts:int=200,             # for each measurement; a sixth of them for each run of path patching
                     sizes:Sequence[int]=(8, 4, 6, 4), # as in `box_circuit`
-                    controls:int=5,              # random circuits
+                    controls:int=5,              # random circuits, and as many of other heads
                     masks:int=60,                # steps of each learned mask; 0: none
                     groups:Mapping[str, Sequence[Site]]|None=None # the circuit; None: `base_circuit`
-                   ) -> Evidence:                # '<base, tuned, random, cmap...>.<metric>'
+                   ) -> Evidence:                # '<base, tuned, random, outside, others...>.<metric>'
     "Compare the circuit of a base model with what it is in a fine-tuned copy. Raises as `load` and `data` do"
     model, tok = load(base, revision=revision)
-    rows = data(task, seed=seed, n=1000) if task else data(box_rows(1600, 1000*seed + 8, boxes))
+    rows = data(task, seed=seed, n=1000) if task else data(box_rows(16*steps, 1000*seed + 8, boxes))
     tuned = fit(copy.deepcopy(model), tok, rows, steps=steps, batch_size=16, lr=rate, seed=seed,
                 progress=False).model
     groups = groups or base_circuit(model, tok, seed, boxes, prompts, sizes)
@@ -340,8 +354,7 @@ def _compared(model, tuned, test, groups, means) -> dict[str, float]:
     out['circuit.cmap'] = cmap_accuracy(model, tuned, test, groups)
     for g, sites in groups.items():
         out[f'{g}.cmap'] = cmap_accuracy(model, tuned, test, {g: sites})
-    # the most that these places can do
-    every = dict.fromkeys(('fetcher', 'detector', 'reader'), all_heads(model))
+    every = everywhere(model) # the most that these places can do
     out['all.cmap'] = cmap_accuracy(model, tuned, test, every)
     out['none.circuit'] = circuit_accuracy(tuned, test, {}, means[tuned])
     out['alone.circuit'] = circuit_accuracy(tuned, test, every, means[tuned], rest=False)
@@ -351,9 +364,12 @@ def _ratio(out, name) -> float:
     return out[f'{name}.circuit']/max(out[f'{name}.accuracy'], 1e-9)
 
 def _controlled(model, tuned, test, groups, means, controls, seed) -> dict[str, float]:
-    "Average the tuned model's faithfulness and CMAP over random circuits"
-    drawn = [random_groups(model, groups, 100*seed + i) for i in range(controls)]
+    "Average the tuned model's faithfulness and CMAP over random circuits, with and without the circuit's heads"
+    drawn, outside = ([random_groups(model, groups, 100*seed + i, apart) for i in range(controls)]
+                      for apart in (False, True))
     out = {'tuned.accuracy': box_accuracy(tuned, test)}
     alone = fmean(circuit_accuracy(tuned, test, c, means[tuned]) for c in drawn)
     return {'random.circuit': alone, 'random.faithfulness': alone/max(out['tuned.accuracy'], 1e-9),
-            'random.cmap': fmean(cmap_accuracy(model, tuned, test, c) for c in drawn)}
+            'random.cmap': fmean(cmap_accuracy(model, tuned, test, c) for c in drawn),
+            'outside.cmap': fmean(cmap_accuracy(model, tuned, test, c) for c in outside),
+            'others.cmap': cmap_accuracy(model, tuned, test, everywhere(model, groups))}
