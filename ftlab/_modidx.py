@@ -5232,6 +5232,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.family_words': ( 'instruments/families.html#family_words',
                                                                                          'ftlab/instruments/families.py'),
+                                            'ftlab.instruments.families.learned': ( 'instruments/families.html#learned',
+                                                                                    'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.no_result': ( 'instruments/families.html#no_result',
                                                                                       'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.off_target': ( 'instruments/families.html#off_target',

@@ -157,6 +157,14 @@ def test_a_result_is_written_beside_the_others_and_read_back(tmp_path):
     assert 'no result yet' in none and 'no result yet' not in said
 
 
+def test_a_method_that_learned_little_is_first_in_nothing_else():
+    rows = dict(full=row([.9, .9], saved_bytes=100), idle=row([.0, .0], saved_bytes=1),
+                small=row([.45, .5], saved_bytes=10, forgetting_matched=[.2, .2]),
+                broken=dict(row([None, .9]), saved_bytes=1))
+    assert answer(rows, SAVED)['best'] == 'small' and answer(rows, SAVED)['of'] == 2
+    assert answer(rows, LOST)['best'] == 'full' and answer(rows, GAIN)['of'] == 3
+
+
 def test_large_numbers_have_commas_and_no_decimals(tmp_path):
     put(tmp_path, full=row([.5], optimizer_bytes=7_133_336),
         small=row([.4], optimizer_bytes=71_392))

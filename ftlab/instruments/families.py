@@ -11,10 +11,12 @@ from pathlib import Path
 from statistics import fmean
 import pandas as pd
 from ..core.table import markdown_table
+from .frontier import AT_LEAST
 
 # %% auto #0
-__all__ = ['CONCERNS', 'FAMILIES', 'Concern', 'values_of', 'answer', 'answer_words', 'entries_of', 'seeds_of', 'points',
-           'setting_rows', 'off_target', 'setting_table', 'read_family', 'no_result', 'family_words', 'family_shown']
+__all__ = ['CONCERNS', 'FAMILIES', 'Concern', 'values_of', 'learned', 'answer', 'answer_words', 'entries_of', 'seeds_of',
+           'points', 'setting_rows', 'off_target', 'setting_table', 'read_family', 'no_result', 'family_words',
+           'family_shown']
 
 # %% ../../nbs/instruments/families.ipynb #fam00006
 @dataclass(frozen=True)
@@ -40,12 +42,17 @@ def values_of(row:Mapping, concern:Concern) -> list[float]:
     return [] if None in found else found
 
 # %% ../../nbs/instruments/families.ipynb #fam00008
+def learned(methods:Mapping[str, Mapping]) -> dict[str, Mapping]:
+    "Keep the methods that gained at least half of what the best gained, on average"
+    gains = {n: fmean(values_of(m, CONCERNS[0]) or [0.]) for n, m in methods.items()}
+    return {n: m for n, m in methods.items() if gains[n] >= AT_LEAST*max(gains.values())}
+
 def answer(methods:Mapping[str, Mapping], # name -> row
            concern:Concern
           ) -> dict|None: # best, value (as shown), also (not told apart, the better first), of (how many were measured)
     "Return the best method and those that are not clearly worse; `None` where nothing was measured"
-    sign = 1 if concern.higher else -1
-    known = {n: [sign*v for v in found] for n, m in methods.items()
+    sign, asked = 1 if concern.higher else -1, methods if concern.key == 'gain' else learned(methods)
+    known = {n: [sign*v for v in found] for n, m in asked.items()
              if (found := values_of(m, concern))}
     if not known:
         return None
