@@ -2,7 +2,7 @@
 
 `python bench/selection.py` writes bench/results/selection.json in a few minutes on two quiet cores: seconds of
 the clock with two threads, for every selection of a paper that reads the weights or training rows, in turns. Rows
-have 64 tokens; each method reads 32 of them, LoKI 4.
+have 64 tokens; each method reads 32 of them.
 
 `singular` compares ways to the largest singular directions of a matrix, by which LIFT ranks entries: seconds, and the
 share of the entries chosen that are those of an SVD in double precision; on random weights and, where the package
@@ -27,7 +27,7 @@ ARMS = dict(lift=lambda: methods.lift(), neuroada=lambda: methods.neuroada(budge
             smt=lambda: methods.smt(.01, 64, rows=ROWS), spt=lambda: methods.spt(.01, rows=ROWS),
             layernorm_tuning=lambda: methods.layernorm_tuning(.1),
             surgical_fisher=lambda: methods.surgical_fisher(),
-            loki=lambda: methods.loki(budget=.01, rows=4))
+            loki=lambda: methods.loki(budget=.01, rows=ROWS))
 
 
 def timed(model) -> dict:

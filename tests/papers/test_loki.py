@@ -1,11 +1,14 @@
-"LoKI: its attribution written out at the last block, the official count, and the edges of its arguments"
+"""LoKI: its attribution written out at the last block, the way that runs one token against the one that runs all,
+the official count, and the edges of its arguments"""
+from contextlib import contextmanager
 import pytest
 import torch
 from ftlab import data
 from ftlab.adapters.subsets.loki import attributions, least_used, loki, most_often
+from ftlab.core.anatomy import anatomy
 from ftlab.core.batches import Sample, Unread, collate
 from ftlab.core.tokens import encode_all
-from tests.tiny import tiny
+from tests.tiny import DECODERS, PLAIN, tiny
 from tests.toys import TOK, classifier, lab_data, toy
 
 DOWN = 'model.layers.{}.mlp.down_proj'
@@ -88,6 +91,111 @@ def test_padding_and_other_rows_change_nothing():
     for row, a in zip(ROWS[:3], together):
         alone, = attributions(model, collate([row], TOK.pad_token_id), layer)
         torch.testing.assert_close(alone[0], a, rtol=1e-3, atol=1e-6)
+
+
+@contextmanager
+def tokens_read(model):
+    "Count the tokens of each pass"
+    read = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda m, args, out: read.append(args[0].numel()))
+    yield read
+    hook.remove()
+
+
+def prompts(labelled=True):
+    "Padded rows for `tiny` models with prompts of 6, 3, 1 and 9 tokens; without labels, of 12, 11, 1 and 10"
+    lengths = dict(zip((6, 3, 1, 9), (12, 11, 2, 10) if labelled else (12, 11, 1, 10)))
+    draw = torch.Generator().manual_seed(0)
+    ids = {p: torch.randint(4, 64, (n,), generator=draw).tolist() for p, n in lengths.items()}
+    batch = collate([dict(input_ids=x, labels=[-100]*p + x[p:]) for p, x in ids.items()], 1)
+    return batch if labelled else {k: v for k, v in batch.items() if k != 'labels'}
+
+
+def downs(model):
+    return [b.mlp['down'].removesuffix('.weight') for b in anatomy(model).blocks]
+
+
+def without_cache(model):
+    "The same model, whose forward pass takes no cache"
+    forward = model.forward
+    model.forward = lambda input_ids, attention_mask: forward(
+        input_ids=input_ids, attention_mask=attention_mask)
+    return model
+
+
+def assert_near(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5*float(b.abs().max()))
+        assert b.abs().max() > 0
+
+
+@pytest.mark.parametrize('labelled', (True, False))
+@pytest.mark.parametrize('family', DECODERS + PLAIN)
+def test_one_token_gives_what_all_tokens_give(family, labelled):
+    model, batch = tiny(family), prompts(labelled)
+    with tokens_read(model) as one:
+        found = attributions(model, batch, downs(model), steps=3)
+    with tokens_read(model) as every:
+        assert_near(found, attributions(without_cache(model), batch, downs(model), steps=3))
+    assert every == [48, 48*3, 48*3]
+    before = (5, 2, 0, 8) if labelled else (11, 10, 0, 9)
+    caches = [n for b in before for n in (b, 1) if n] # of the tokens before, and a check with one
+    assert one == [48, *caches, *[2*3]*4]
+
+
+@pytest.mark.parametrize('family', ('mistral', 'gemma3_text'))
+def test_one_token_gives_what_all_give_where_attention_sees_four_tokens(family):
+    model = tiny(family, sliding_window=4, layer_types=['sliding_attention']*2)
+    with tokens_read(model) as one:
+        found = attributions(model, prompts(), downs(model), steps=3)
+    assert one[-1] == 6
+    assert_near(found, attributions(without_cache(model), prompts(), downs(model), steps=3))
+
+
+def test_layers_take_turns_where_their_copies_are_too_many(monkeypatch):
+    model, batch = tiny('llama', num_hidden_layers=5), prompts()
+    together = attributions(model, batch, downs(model), steps=3)
+    monkeypatch.setattr('ftlab.adapters.subsets.loki.TOGETHER', 6*6)
+    with tokens_read(model) as read:
+        assert_near(attributions(model, batch, downs(model), steps=3), together)
+    assert read[8:] == [6, 6, 3, 12, 3, 15, 3, 3, 3, 3, 3]
+
+
+LFM2 = dict(num_key_value_heads=2, layer_types=['conv', 'full_attention'])
+FALCON = dict(num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+              mamba_n_groups=1, mamba_d_state=8)
+
+
+@pytest.mark.parametrize('family, layer, more', [
+    ('bert', 'bert.encoder.layer.0.output.dense', {}),
+    ('gemma3_text', DOWN.format(0), dict(use_bidirectional_attention=True)),
+    ('gpt2', 'transformer.h.0.mlp.c_proj', dict(add_cross_attention=True)),
+    ('lfm2', 'model.layers.0.feed_forward.w2', LFM2),
+    ('falcon_h1', 'model.layers.0.feed_forward.down_proj', FALCON)])
+def test_all_tokens_run_where_no_cache_of_keys_and_values_gives_the_same(family, layer, more):
+    model, batch = tiny(family, 'masked' if family == 'bert' else 'causal', **more), prompts()
+    with tokens_read(model) as read:
+        found = attributions(model, batch, [layer], steps=3)
+    assert read[0] == 48 and read[-1] == 48*3
+    assert_near(found, attributions(without_cache(model), batch, [layer], steps=3))
+
+
+def test_all_tokens_run_where_a_cache_changes_the_logits_a_little():
+    model = tiny('llama')
+    model.lm_head.register_forward_hook(
+        lambda m, args, out: out*(1 + 1e-4*(out.shape[1] == 1)))
+    with tokens_read(model) as read:
+        attributions(model, prompts(), [DOWN.format(0)], steps=3)
+    assert read[-1] == 48*3
+
+
+def test_all_tokens_of_a_classifiers_rows_run():
+    batch = collate(ROWS[:2], TOK.pad_token_id) | dict(labels=torch.tensor([0, 1]))
+    model, size = classifier(), batch['input_ids'].numel()
+    with tokens_read(model) as read:
+        attributions(model, batch, ['bert.encoder.layer.1.output.dense'], steps=3)
+    assert read == [size, 3*size]
 
 
 def test_rows_are_counted_as_in_the_official_code():

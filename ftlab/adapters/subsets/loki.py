@@ -5,9 +5,12 @@
 # %% ../../../nbs/adapters/subsets/loki.ipynb #loki-4
 from __future__ import annotations
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from inspect import signature
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from ..attach import oriented
 from ..select import allowed
 from ..slices import Slices
@@ -20,39 +23,105 @@ from ...core.tokens import IGNORE
 from ...trainers.yardsticks.regularisers import named_data, old_data
 
 # %% auto #0
-__all__ = ['BY', 'attributions', 'most_often', 'least_used', 'loki']
+__all__ = ['TOGETHER', 'BY', 'attributions', 'most_often', 'least_used', 'loki']
 
 # %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6
+TOGETHER = 4096 # tokens in all copies of a cache; layers that need more take turns, which bounds memory
+
 def attributions(model,
                  batch:dict,      # rows, with labels or without; a classifier's with its labels
                  layers:list[str],# names of modules
                  steps:int=7      # of the integral
                 ) -> list[Tensor]: # of each layer: float32 [rows, width]
     """Integrate the gradient of the probability of the model's own next word over a scale of what each layer
-    writes at the prompt's last token. Raises `ValueError` for text without labels and a classifier."""
+    writes at the prompt's last token. Raises `ValueError` for text without labels and a classifier.
+
+    Only that token runs `steps` times for each layer where the model has a cache of keys and values with which its
+    logits stay the same; otherwise all tokens do, which takes longer and gives the same."""
     inputs, place = model_inputs(batch), _last_of_prompt(batch)
-    many = {k: v.repeat(steps, *[1]*(v.ndim - 1)) for k, v in inputs.items()}
     with evaluating(model), torch.enable_grad():
         logits, written = _read(model, inputs, layers)
         if (place is None) != (logits.ndim == 2):
             raise ValueError('loki reads rows like those that the model predicts: text for a model of text, rows with '
                              'labels for a classifier')
-        words = _at(logits, place).argmax(-1) # [rows]
-        return [_integral(model, many, words, place, model.get_submodule(n), z, steps)
-                for n, z in zip(layers, written)]
+        logits = _at(logits, place) # [rows, words]
+        words = logits.argmax(-1)
+        pasts = _pasts(model, inputs, place, logits)
+        if pasts is None:
+            many = {k: v.repeat(steps, *[1]*(v.ndim - 1)) for k, v in inputs.items()}
+            return [_integral(model, many, words, place, n, z, steps)
+                    for n, z in zip(layers, written)]
+        rows = [_of_token(model, ids[at], past, word, layers, [z[i, at] for z in written], steps)
+                for i, (ids, at, past, word) in enumerate(zip(inputs['input_ids'], place, pasts, words))]
+        return [torch.stack(a) for a in zip(*rows)]
 
 def _integral(model, many, words, place, layer, z, steps):
-    z = z.view(len(words), -1, z.shape[-1]) # OPT's layers see the tokens of all rows in one dimension
+    "Integrate for all rows: [rows, width] of the `z` [rows, tokens, width] that a layer writes"
     scaled = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     if place is not None:
         scaled = torch.arange(z.shape[1], device=z.device) == place[:, None]
-    scale = torch.arange(1, steps + 1, device=z.device, dtype=z.dtype)/steps
-    path = torch.where(scaled[..., None], scale[:, None, None, None]*z, z).requires_grad_()
-    with _writing(layer, path):
+    path = torch.where(scaled[..., None], _scale(steps, z)[..., None, None]*z, z).requires_grad_()
+    with _hooked(model, [layer], [lambda module, args, out: path.reshape(out.shape)]):
         logits = _at(model(**many).logits, place).float().unflatten(0, (steps, -1))
     P = logits.softmax(-1).gather(-1, words.expand(steps, -1)[..., None])
     slope, = torch.autograd.grad(P.sum(), path)
     return ((z*slope.mean(0)).float()*scaled[..., None]).sum(1)
+
+def _of_token(model, token, past, word, layers, written, steps) -> list[Tensor]: # of each layer: [width]
+    """Integrate for one row, given what each layer writes at the token [width]: one pass has a copy of the token,
+    with the tokens of `past` before it, for each step of each layer"""
+    found, before = [], past.get_seq_length() if past else 0
+    some = max(1, TOGETHER//(steps*(before + 1)))
+    for i in range(0, len(layers), some):
+        names, zs = layers[i:i + some], written[i:i + some]
+        paths = [(_scale(steps, z)*z).requires_grad_() for z in zs] # of each layer: [steps, width]
+        hooks = [_into(j, path) for j, path in enumerate(paths)]
+        with _hooked(model, names, hooks):
+            logits = _next(model, token, past, len(names)*steps)
+        P = logits.float().softmax(-1)[:, word]
+        slopes = torch.autograd.grad(P.sum(), paths)
+        found += [(z*slope.mean(0)).float() for z, slope in zip(zs, slopes)]
+    return found
+
+def _scale(steps, z):
+    "Return 1/steps to 1: [steps, 1]"
+    return torch.arange(1, steps + 1, device=z.device, dtype=z.dtype)[:, None]/steps
+
+def _into(j, path):
+    "Return a hook that writes `path` into the copies of layer number `j`, and leaves those of the others"
+    return lambda module, args, out: (out.view(-1, *path.shape).select_scatter(path, 0, j)
+                                      .view(out.shape))
+
+@torch.no_grad()
+def _pasts(model, inputs, place, logits):
+    """Return a cache of the tokens before `place` for each row (None if there are none); or None unless the model
+    gives the same `logits` [rows, words] with them"""
+    if place is None or 'past_key_values' not in signature(model.forward).parameters:
+        return None
+    pasts = []
+    for ids, at, whole in zip(inputs['input_ids'], place, logits):
+        past = model(input_ids=ids[None, :at], use_cache=True).past_key_values if at else None
+        if past and not _copied(past):
+            return None
+        difference = (_next(model, ids[at], past, 1) - whole).float().norm()
+        allowed = torch.finfo(whole.dtype).eps**.75 # 6e-6 in float32; rounding gives 1e-6
+        if not difference <= allowed*whole.float().norm(): # nor if it is NaN
+            return None
+        pasts.append(past)
+    return pasts
+
+def _copied(past) -> bool:
+    "Return whether a cache has keys and values only, which can be copied"
+    return isinstance(past, DynamicCache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)
+
+def _next(model, token, past, copies):
+    "Return the logits [copies, words] after copies of a token, each with the tokens of `past` before it"
+    past = deepcopy(past)
+    if past:
+        past.batch_repeat_interleave(copies)
+    ids = token.expand(copies, 1)
+    return model(input_ids=ids, past_key_values=past, use_cache=True).logits[:, -1]
 
 def _last_of_prompt(batch) -> Tensor|None: # [rows]; None where a row has one label
     labels = batch.get('labels')
@@ -72,25 +141,25 @@ def _at(logits, place):
     return logits[torch.arange(len(logits)), place.repeat(len(logits)//len(place))]
 
 @contextmanager
-def _writing(layer, value):
-    "Let a layer write this value within the context"
-    hook = layer.register_forward_hook(lambda module, args, out: value.reshape(out.shape))
+def _hooked(model, layers, hooks):
+    "Have a forward hook on each layer within the context"
+    handles = [model.get_submodule(n).register_forward_hook(f) for n, f in zip(layers, hooks)]
     try:
         yield
     finally:
-        hook.remove()
+        for h in handles:
+            h.remove()
 
 @torch.no_grad()
 def _read(model, inputs, layers):
-    "Return the logits, and what each layer writes"
+    "Return the logits, and what each layer writes: [rows, tokens, width]"
     found = {}
     note = lambda n: lambda module, args, out: found.__setitem__(n, out)
-    hooks = [model.get_submodule(n).register_forward_hook(note(n)) for n in layers]
-    try:
-        return model(**inputs).logits, [found[n] for n in layers]
-    finally:
-        for h in hooks:
-            h.remove()
+    with _hooked(model, layers, map(note, layers)):
+        out = model(**inputs)
+    rows = len(out.logits)
+    # OPT's layers see the tokens of all rows in one dimension
+    return out.logits, [found[n].view(rows, -1, found[n].shape[-1]) for n in layers]
 
 # %% ../../../nbs/adapters/subsets/loki.ipynb #loki-8
 BY = dict(lowest=lambda a: -a, smallest=lambda a: -a.abs(), highest=lambda a: a, random=None)
@@ -198,7 +267,8 @@ def loki(share:float=.1,     # the share of each `down` that trains; the paper: 
         ) -> Recipe:
     """Train the rows of `down` that contribute least to the base's own predictions (low-damage knowledge implanting)
 
-    It reads `rows` prompts with `steps` forward and backward passes for each block.
+    The last token of each of `rows` prompts runs forward and backward `steps` times for each block; all of its tokens
+    do in a model that is not causal.
     Raises `ValueError` for a `share` outside (0, 1], an unknown `by` or `each`, and `rows` or `steps` below 1."""
     old, said = named_data(old)
     return Recipe(Method('loki', arguments=dict(old=said)),
