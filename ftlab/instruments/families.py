@@ -51,7 +51,8 @@ def answer(methods:Mapping[str, Mapping], # name -> row
            concern:Concern
           ) -> dict|None: # best, value (as shown), also (not told apart, the better first), of (how many were measured)
     "Return the best method and those that are not clearly worse; `None` where nothing was measured"
-    sign, asked = 1 if concern.higher else -1, methods if concern.key == 'gain' else learned(methods)
+    sign = 1 if concern.higher else -1
+    asked = methods if concern.key == 'gain' else learned(methods)
     known = {n: [sign*v for v in found] for n, m in asked.items()
              if (found := values_of(m, concern))}
     if not known:

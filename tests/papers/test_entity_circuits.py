@@ -6,8 +6,8 @@ import pytest, torch
 from ftlab.core.loading import load
 from ftlab.evaluators.mechanisms.entity_circuits import (
     GROUPS, PROPERTIES, base_circuit, box_accuracy, box_circuit, box_prompts, box_rows, by_place,
-    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, entity_circuits, everywhere, other_tokens,
-    path_scores, property_mask, pruned, random_groups)
+    circuit_accuracy, cmap_accuracy, corrupted, counterfactual, entity_circuits, everywhere,
+    other_tokens, path_scores, property_mask, pruned, random_groups)
 from ftlab.evaluators.circuits import circuit_logits, probability
 from ftlab.evaluators.patching import Site, all_heads, mean_activations, patch, run_logits
 from ftlab.instruments.claims import named_claim, script_of
@@ -134,7 +134,8 @@ def test_the_claim_finds_one_circuit_and_asks_for_the_middle_and_a_quarter(monke
     claim, asked = script_of(named_claim('entity_circuits')), []
     monkeypatch.setattr(claim, 'circuit', cache(claim.circuit.__wrapped__))
     monkeypatch.setattr(claim, 'base_circuit', lambda *a, **k: asked.append((a[2:], k)) or 'groups')
-    values = {'base.accuracy': .7, 'tuned.accuracy': .9, 'tuned.faithfulness': .95, 'tuned.circuit': .85,
+    values = {'base.accuracy': .7, 'tuned.accuracy': .9, 'tuned.faithfulness': .95,
+              'tuned.circuit': .85,
               'circuit.cmap': .88, 'outside.cmap': .76, 'others.cmap': .79, 'random.cmap': .81,
               'random.faithfulness': .2}
     how = []

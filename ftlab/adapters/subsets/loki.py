@@ -52,7 +52,8 @@ def attributions(model,
             return [_integral(model, many, words, place, n, z, steps)
                     for n, z in zip(layers, written)]
         rows = [_of_token(model, ids[at], past, word, layers, [z[i, at] for z in written], steps)
-                for i, (ids, at, past, word) in enumerate(zip(inputs['input_ids'], place, pasts, words))]
+                for i, (ids, at, past, word) in enumerate(
+                    zip(inputs['input_ids'], place, pasts, words))]
         return [torch.stack(a) for a in zip(*rows)]
 
 def _integral(model, many, words, place, layer, z, steps):
