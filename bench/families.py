@@ -48,9 +48,9 @@ from ftlab.instruments.real import data_folder
 from ftlab.instruments.runs import run_key
 from ftlab.papers import catalogue
 
-# A rule to carry out, a language to translate into, a form of answer, with steps in which full fine-tuning learns each
-# (bench/results/lab_v1_teach_lab-s.json; tuning seeds), and a changed rule, which full fine-tuning learns at once: of
-# the language a share of 1% learned nothing. New facts take 350 steps.
+# A rule to carry out, a form of answer and a language, with steps in which full fine-tuning learns each
+# (bench/results/lab_v1_teach_lab-s.json; tuning seeds). A share of 1% learned nothing of the language, so there is a
+# changed rule as well, which full fine-tuning learns at once. New facts take 350 steps.
 SKILLS = {'new-procedure': 100, 'new-format': 60, 'changed-rule': 60, 'new-language': 200}
 PROCEDURE, FORMAT = 'new-procedure', 'new-format'
 BUDGET, BUDGETS = .01, (.005, .05)

@@ -26,8 +26,6 @@ from ...trainers.yardsticks.regularisers import named_data, old_data
 __all__ = ['TOGETHER', 'BY', 'attributions', 'most_often', 'least_used', 'loki']
 
 # %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6
-TOGETHER = 4096 # tokens in all copies of a cache; layers that need more take turns, which bounds memory
-
 def attributions(model,
                  batch:dict,      # rows, with labels or without; a classifier's with its labels
                  layers:list[str],# names of modules
@@ -56,6 +54,7 @@ def attributions(model,
                     zip(inputs['input_ids'], place, pasts, words))]
         return [torch.stack(a) for a in zip(*rows)]
 
+# %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6b
 def _integral(model, many, words, place, layer, z, steps):
     "Integrate for all rows: [rows, width] of the `z` [rows, tokens, width] that a layer writes"
     scaled = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
@@ -67,6 +66,30 @@ def _integral(model, many, words, place, layer, z, steps):
     P = logits.softmax(-1).gather(-1, words.expand(steps, -1)[..., None])
     slope, = torch.autograd.grad(P.sum(), path)
     return ((z*slope.mean(0)).float()*scaled[..., None]).sum(1)
+
+def _scale(steps, z):
+    "Return 1/steps to 1: [steps, 1]"
+    return torch.arange(1, steps + 1, device=z.device, dtype=z.dtype)[:, None]/steps
+
+def _last_of_prompt(batch) -> Tensor|None: # [rows]; None where a row has one label
+    labels = batch.get('labels')
+    if labels is not None and labels.ndim == 1 or 'input_ids' not in batch:
+        return None
+    if labels is None:
+        return batch['attention_mask'].sum(1) - 1
+    given = labels != IGNORE
+    first = given.int().argmax(1)
+    last = given.shape[1] - 1 - given.flip(1).int().argmax(1)
+    return torch.where(first > 1, first, last).sub(1).clamp(min=0) # without a prompt: before the last word
+
+def _at(logits, place):
+    "Return the logits [rows, words] after the token at `place`, of rows that may be repeated"
+    if place is None:
+        return logits
+    return logits[torch.arange(len(logits)), place.repeat(len(logits)//len(place))]
+
+# %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6d
+TOGETHER = 4096 # tokens in all copies of a cache; layers that need more take turns, which bounds memory
 
 def _of_token(model, token, past, word, layers, written, steps) -> list[Tensor]: # of each layer: [width]
     """Integrate for one row, given what each layer writes at the token [width]: one pass has a copy of the token,
@@ -83,10 +106,6 @@ def _of_token(model, token, past, word, layers, written, steps) -> list[Tensor]:
         slopes = torch.autograd.grad(P.sum(), paths)
         found += [(z*slope.mean(0)).float() for z, slope in zip(zs, slopes)]
     return found
-
-def _scale(steps, z):
-    "Return 1/steps to 1: [steps, 1]"
-    return torch.arange(1, steps + 1, device=z.device, dtype=z.dtype)[:, None]/steps
 
 def _into(j, path):
     "Return a hook that writes `path` into the copies of layer number `j`, and leaves those of the others"
@@ -124,23 +143,7 @@ def _next(model, token, past, copies):
     ids = token.expand(copies, 1)
     return model(input_ids=ids, past_key_values=past, use_cache=True).logits[:, -1]
 
-def _last_of_prompt(batch) -> Tensor|None: # [rows]; None where a row has one label
-    labels = batch.get('labels')
-    if labels is not None and labels.ndim == 1 or 'input_ids' not in batch:
-        return None
-    if labels is None:
-        return batch['attention_mask'].sum(1) - 1
-    given = labels != IGNORE
-    first = given.int().argmax(1)
-    last = given.shape[1] - 1 - given.flip(1).int().argmax(1)
-    return torch.where(first > 1, first, last).sub(1).clamp(min=0) # without a prompt: before the last word
-
-def _at(logits, place):
-    "Return the logits [rows, words] after the token at `place`, of rows that may be repeated"
-    if place is None:
-        return logits
-    return logits[torch.arange(len(logits)), place.repeat(len(logits)//len(place))]
-
+# %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6f
 @contextmanager
 def _hooked(model, layers, hooks):
     "Have a forward hook on each layer within the context"

@@ -305,8 +305,8 @@ def _means(model, tok, seed, boxes, prompts) -> dict[Site, Tensor]:
 
 # %% ../../../nbs/evaluators/mechanisms/entity_circuits.ipynb #0014ec7c
 @study('Fine-Tuning Enhances Existing Mechanisms: A Case Study on Entity Tracking', '2402.14811',
-    'A base model and its fine-tuned versions track entities with the same circuit, by position; the gain comes from '
-    'heads of that circuit.',
+    'A base model and its fine-tuned versions track entities with the same circuit, which does better in the '
+    'fine-tuned versions than the whole base does.',
     'the abstract of v1, finetuning.baulab.info, and the official code Nix07/finetuning at 379765d (experiment_1, 2 '
     'and 3); the sections of the paper could not be had. Prompts, sizes of groups and models are ours',
     toy=dict(base='lab-s', revision=None, boxes=3, steps=2, prompts=4, sizes=(2, 1, 1, 1),
