@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ftlab import methods
+from ftlab.core.io import Busy
 from ftlab.instruments.bench import Bench
 from ftlab.instruments.families import (CONCERNS, FAMILIES, answer, answer_words, entries_of,
                                         family_words, read_family, setting_rows)
@@ -134,6 +135,15 @@ def test_a_method_that_compare_refuses_does_not_end_the_others(monkeypatch, tmp_
     assert found == ['a', 'c'] and out == {'bad': 'ValueError: bad cannot do this'}
     with pytest.raises(ValueError, match='bad cannot'):
         families.together(dict(bad='bad'), setting, tmp_path, 1)
+
+
+def test_what_is_wrong_with_the_machine_leaves_no_method_out(monkeypatch, tmp_path):
+    "A busy folder once became the reason for which `full` was left out"
+    def compare(arms, *args, **kw):
+        raise Busy('another run writes into this folder')
+    monkeypatch.setattr(families.ftlab, 'compare', compare)
+    with pytest.raises(Busy, match='another run'):
+        families.together(dict(a='a', c='c'), SETTINGS['losses'][0], tmp_path, 1)
 
 
 def test_those_that_learn_little_do_not_set_the_gain_of_all():
