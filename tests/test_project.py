@@ -289,3 +289,17 @@ def test_importing_keeps_threads_from_spinning():
             "print(os.environ['OMP_WAIT_POLICY'], 'torch' in __import__('sys').modules)")
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
                           check=True).stdout.split() == ['passive', 'False']
+
+
+def test_what_a_paper_costs_is_what_the_file_says():
+    sys.path.insert(0, str(ROOT/'bench'))
+    import cost
+    papers = json.loads((ROOT/'bench'/'results'/'cost.json').read_text())['papers']
+    said = (ROOT/'DEVELOPERS.md').read_text(encoding='utf-8')
+    of = {name: row for name, *row in cost.table(papers)}
+    middle = lambda k: of[cost.WHAT[k]][0]
+    assert (f'median of {len(papers)} papers was a module of {middle("module_lines")} lines, '
+            f'a test of {middle("test_lines")}, a claim of {middle("claim_lines")}') in said
+    assert f'{middle("cells")} cells with {middle("text_words")} words' in said
+    assert f'took {float(middle("claim_minutes")):.0f} CPU-minutes' in said
+    assert f'and {float(middle("hours")):.0f} hours passed' in said
