@@ -58,7 +58,8 @@ def test_a_family_says_whether_its_papers_are_compared_and_if_none_is_built():
         for name in project.families(part):
             page, keys = f'{part}/{name}/index.ipynb', project.keys(part, name)
             table = said(page, 'papers')
-            assert ('No shared comparison yet' in table) == (bool(keys) and name not in index.FAMILIES), page
+            alone = bool(keys) and name not in index.FAMILIES
+            assert ('No shared comparison yet' in table) == alone, page
             assert ('No paper of this family is built yet' in table) == (not keys), page
             assert (f'          - {page}\n' in MADE['_quarto.yml']) == (not keys), page
     row = next(r for r in said('index.ipynb', 'families').splitlines() if 'beyond/vision' in r)

@@ -314,9 +314,9 @@ def family(p: Project, part: str, name: str) -> str:
     "The papers of a family, whether anything compares them, and where to go from there"
     rows = [(_code(e, f'{e["key"]}.ipynb'), e['claim'], _title(e), _said(e))
             for e in p.papers if (e['home'], e['family']) == (part, name)]
-    waiting = sum((e['home'], e['family']) == (part, name) for e in catalogue().values()) - len(rows)
+    listed = [e for e in catalogue().values() if (e['home'], e['family']) == (part, name)]
     said = (_table('paper', 'what it claims', 'title', 'verdict here', rows=rows) if rows else
-            f'**No paper of this family is built yet.** The catalogue has {waiting}.')
+            f'**No paper of this family is built yet.** The catalogue has {len(listed)}.')
     if rows and name not in FAMILIES:
         said += ('\n\n**No shared comparison yet.** Each verdict comes from an experiment of its own, with its own '
                  'data, steps and measure, so two verdicts do not say which method is better. '
