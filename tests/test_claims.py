@@ -60,6 +60,21 @@ def test_the_numbers_follow_from_the_cells(claim):
                 if want['metric'] in cell and not cell.get('error'):
                     assert row[side][i] == pytest.approx(cell[want['metric']], abs=1e-5)
 
+LONG = [c for c in DONE if read_result(c)['scope'] == 'lab' and read_result(c)['seconds'] > 30*60]
+
+@pytest.mark.parametrize('claim', **named(LONG))
+def test_a_claim_of_more_than_half_an_hour_says_why(claim):
+    r = read_result(claim)
+    said = re.search(r'^Cost: (\d+) CPU-minutes(?:, (\d+) runs)?(?:, (\d+) of them read)?',
+                     claim.spec['why'], re.M)
+    assert said, (f"{claim.file}: its runs took {r['seconds']/60:.0f} CPU-minutes; say in `why` what for, in a line "
+                  "that begins with 'Cost: <minutes> CPU-minutes'")
+    minutes, runs, taken = (int(x) if x else None for x in said.groups())
+    shared = r.get('shared') or {}
+    assert minutes == round(r['seconds']/60)
+    assert runs in (None, sum(shared.get(k, 0) for k in ('made', 'taken')))
+    assert taken in (None, shared.get('taken'))
+
 @pytest.mark.parametrize('claim', **named(DONE))
 def test_the_evidence_belongs_to_this_code(claim):
     state = status(claim)

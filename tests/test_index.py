@@ -52,6 +52,21 @@ def test_every_paper_is_in_every_list():
                    for c in cells('contents.ipynb') if index.MARK.match(c['source']))
 
 
+def test_a_family_says_whether_its_papers_are_compared_and_if_none_is_built():
+    project = index.Project(ROOT)
+    for part in papers.PARTS:
+        for name in project.families(part):
+            page, keys = f'{part}/{name}/index.ipynb', project.keys(part, name)
+            table = said(page, 'papers')
+            alone = bool(keys) and name not in index.FAMILIES
+            assert ('No shared comparison yet' in table) == alone, page
+            assert ('No paper of this family is built yet' in table) == (not keys), page
+            assert (f'          - {page}\n' in MADE['_quarto.yml']) == (not keys), page
+    row = next(r for r in said('index.ipynb', 'families').splitlines() if 'beyond/vision' in r)
+    built = project.keys('beyond', 'vision')
+    assert row.endswith('| none built yet |') == (not built)
+
+
 def test_a_failed_control_is_named_beside_the_verdict():
     "Else contrasts that hold or fail would stand below `unclear` without a word"
     seen = set()

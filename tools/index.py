@@ -26,7 +26,7 @@ from ftlab.instruments.families import (CONCERNS, FAMILIES, answer_words, entrie
                                         seeds_of) # noqa: E402
 from ftlab.instruments.verdicts import contrast, contrast_verdict # noqa: E402
 from ftlab.map import CHAPTERS, chapter_named # noqa: E402
-from ftlab.papers import (PARTS, index, nouns, papers_html, scoreboard, scoreboard_html,
+from ftlab.papers import (PARTS, catalogue, index, nouns, papers_html, scoreboard, scoreboard_html,
                           effect_line) # noqa: E402
 from readme import readme  # noqa: E402
 
@@ -128,11 +128,11 @@ def sidebar(p: Project) -> str:
     for part in PARTS:
         listed = ''
         for family in p.families(part):
-            title = head(p.page(f'{part}/{family}/index.ipynb'))[0].split(':')[0]
-            listed += (f'          - section: {title}\n            href: '
-                       f'{part}/{family}/index.ipynb\n            contents:\n')
-            listed += ''.join(f'              - {part}/{family}/{key}.ipynb\n'
-                              for key in p.keys(part, family))
+            page, keys = f'{part}/{family}/index.ipynb', p.keys(part, family)
+            title = head(p.page(page))[0].split(':')[0]
+            listed += (f'          - section: {title}\n            href: {page}\n            contents:\n'
+                       if keys else f'          - {page}\n') # a section needs pages
+            listed += ''.join(f'              - {part}/{family}/{key}.ipynb\n' for key in keys)
         begin = f'# papers of {part}: made by `make index`'
         mark = re.compile(rf'({begin}\n).*?( *# end of papers\n)', re.S)
         if not mark.search(text):
@@ -305,17 +305,23 @@ def families(p: Project) -> str:
             of = [e for e in p.papers if (e['home'], e['family']) == (part, family)]
             names = ', '.join(f'{_code(e, e["notebook"].removeprefix("nbs/"))} {_said(e)}'
                               for e in of)
-            rows.append((f'[{title.split(":")[0]}]({page})', about, names))
+            rows.append((f'[{title.split(":")[0]}]({page})', about, names or 'none built yet'))
     return _table('family', 'what it is about', 'papers, with the verdict on each claim here',
                   rows=rows)
 
 
 def family(p: Project, part: str, name: str) -> str:
-    "The papers of a family, and where to go from there"
+    "The papers of a family, whether anything compares them, and where to go from there"
     rows = [(_code(e, f'{e["key"]}.ipynb'), e['claim'], _title(e), _said(e))
             for e in p.papers if (e['home'], e['family']) == (part, name)]
-    return (_table('paper', 'what it claims', 'title', 'verdict here', rows=rows)
-            + '\n\n**Where next:** [the verdict on each claim](../../papers/scoreboard.ipynb); '
+    listed = [e for e in catalogue().values() if (e['home'], e['family']) == (part, name)]
+    said = (_table('paper', 'what it claims', 'title', 'verdict here', rows=rows) if rows else
+            f'**No paper of this family is built yet.** The catalogue has {len(listed)}.')
+    if rows and name not in FAMILIES:
+        said += ('\n\n**No shared comparison yet.** Each verdict comes from an experiment of its own, with its own '
+                 'data, steps and measure, so two verdicts do not say which method is better. '
+                 '[Which method?](../../methods.ipynb) lists the comparisons that there are.')
+    return (f'{said}\n\n**Where next:** [the verdict on each claim](../../papers/scoreboard.ipynb); '
             '[all methods by name](../../methods.ipynb).')
 
 
