@@ -5,16 +5,13 @@ from functools import partial
 import pytest, torch
 from torch.nn import functional as F
 from ftlab.adapters.attach import attach
-from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import parts
-from ftlab.adapters.subsets.hft import half
 from ftlab.core.anatomy import UnknownArchitecture, anatomy
 from ftlab.core.model import tokens_before
 from ftlab.adapters.yardsticks.prompts import prompt_tuning
 from ftlab.evaluators.patching import (Paths, Site, ablated, activations, all_heads, columns,
                                        edited, head_sizes, mean_activations, patch, patched,
                                        path_patch, put)
-from tiny import example_inputs, tiny, tiny_models
+from tiny import changed, example_inputs, tiny, tiny_models
 from toys import same
 
 FAMILIES = ('llama', 'gpt2', 'bert')
@@ -308,18 +305,6 @@ def test_models_with_experts_and_two_stacks():
     assert torch.equal(patch(model, batch, batch, all_heads(model)), logits(model, batch))
 
 # ---------- attached changes
-
-def changed(model, kind, seed=3):
-    "Attach LoRA or HFT and move what it trains"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        att = (attach(model, parts()(model), lora().delta) if kind == 'lora'
-               else attach(model, half()(model)))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in att.parameters().values():
-            p.add_(.05*torch.randn(p.shape, generator=g))
-    return att
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('kind', ['lora', 'hft'])
