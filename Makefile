@@ -1,5 +1,5 @@
 # make lab    set up, then open the course in JupyterLab         make lab PORT=8899
-# make test   set up, then test                                  make test EXTRAS=test,bench  (with peft, trl and MiniLM)
+# make test   set up, then test                                  make test EXTRAS=test,bench  (with peft, mergekit and other peers)
 #             everything: make test ALL=1                        what changed since a commit, and the site: make test CHANGED=HEAD~3
 # The first call installs into .venv (a minute or two); later ones start in seconds.
 # Another torch: make lab TORCH="torch==2.13.0 --index-url URL"   Another Python: make lab PYTHON=python3.12

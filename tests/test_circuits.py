@@ -1,16 +1,14 @@
 "Circuits against patching by hand, minimality on scores whose answer is known, masks that must find a planted head"
 import pytest, torch
-from ftlab.adapters.attach import attach
-from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import parts
 from ftlab.evaluators.circuits import (accuracy, circuit_logits, faithfulness, learn_mask,
                                        minimality, probability, prune, random_circuit)
 from ftlab.evaluators.patching import (Site, ablated, activations, all_heads, edited,
                                        mean_activations, patch)
-from tiny import example_inputs, tiny
+from tiny import changed, example_inputs, tiny
 
 FAMILIES = ('llama', 'gpt2', 'bert')
 CLEAN, OTHER = example_inputs(0, batch=6), example_inputs(1, batch=6)
+CLOSE = dict(atol=2e-5, rtol=0)
 H = [Site('head', b, h) for b in (0, 1) for h in range(4)]
 
 @torch.no_grad()
@@ -32,6 +30,26 @@ def test_all_heads_are_the_model_and_none_is_the_ablated_model(family):
     with torch.no_grad(), ablated(model, means, [h for h in H if h not in (H[1], H[6])]):
         torch.testing.assert_close(circuit_logits(model, CLEAN, [H[1], H[6]], means),
                                    model(**CLEAN).logits)
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('kind', ['lora', 'hft'])
+def test_means_and_circuits_have_an_attached_change_in_them(family, kind):
+    "They give with a change attached what they give on the model into which it is folded"
+    model, folded = tiny(family), tiny(family)
+    att = changed(model, kind)
+    changed(folded, kind).fold()
+    means, theirs = means_of(model), means_of(folded)
+    for h in H:
+        torch.testing.assert_close(means[h], theirs[h], **CLOSE)
+    found = []
+    for m, mean in ((model, means), (folded, theirs), (tiny(family), means)):
+        with torch.no_grad(), ablated(m, mean, [H[1], H[6]], at=[2, 3]):
+            found.append((m(**CLEAN).logits, circuit_logits(m, CLEAN, [H[0], H[5]], mean)))
+    ours, other, without = found
+    for a, b, c in zip(ours, other, without):
+        torch.testing.assert_close(a, b, **CLOSE)
+        assert (a - c).abs().max() > .01, 'the change does not show'
+    assert att.enabled and torch.equal(circuit_logits(model, CLEAN, H, means), logits(model))
 
 def test_heads_work_only_at_their_places():
     "Row by row: the last token for one head, a place of its own in each row for two others"
@@ -150,11 +168,24 @@ def test_masks_are_repeatable_and_a_high_penalty_empties_them():
         assert learn(seed=1) == learn_mask(model, CLEAN, OTHER, want, H, steps=5, seed=1,
                                            kind='hard_concrete')
 
-def test_a_mask_leaves_an_attached_change_alone():
-    model = tiny('llama')
-    att = attach(model, parts()(model), lora().delta)
-    learn_mask(model, CLEAN, OTHER, torch.zeros(6, dtype=torch.long), H, steps=2)
-    assert all(p.grad is None and p.requires_grad for p in att.parameters().values())
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('kind', ['lora', 'hft'])
+def test_a_mask_reads_an_attached_change_and_leaves_it_alone(family, kind):
+    model, folded = tiny(family), tiny(family)
+    att = changed(model, kind)
+    changed(folded, kind).fold()
+    before = {n: p.detach().clone() for n, p in att.parameters().items()}
+    want = logits(folded, OTHER)[:, -1].argmax(-1)
+    ours, theirs, without = (learn_mask(m, CLEAN, OTHER, want, H, at=-1, steps=5)
+                             for m in (model, folded, tiny(family)))
+    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), **CLOSE)
+    torch.testing.assert_close(torch.tensor(list(ours.values.values())),
+                               torch.tensor(list(theirs.values.values())), atol=1e-3, rtol=0)
+    assert ours.heads == theirs.heads and ours.accuracy == theirs.accuracy
+    assert abs(ours.losses[0] - without.losses[0]) > .001, 'the change does not show'
+    assert att.enabled and len(before) > 0
+    for n, p in att.parameters().items():
+        assert p.grad is None and p.requires_grad and torch.equal(p, before[n])
 
 def test_the_first_loss_is_the_wanted_logit():
     "The clamped mask starts with nothing from the source"

@@ -96,12 +96,13 @@ def test_training_draws_better_repeats_and_resumes(tmp_path):
     c = go(out=tmp_path, save_every=3, resume=True)
     assert same(weights(a.model), weights(c.model))
 
-def test_frechet_is_scipys():
+@pytest.mark.peer('frechet', 'scipy', 'distance of two samples', tolerance=dict(rtol=1e-6))
+def test_frechet_is_scipys(tolerance):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(300, 6))@rng.normal(size=(6, 6)), rng.normal(size=(200, 6)) + 1
     Ca, Cb = np.cov(a.T), np.cov(b.T)
     want = ((a.mean(0) - b.mean(0))**2).sum() + np.trace(Ca + Cb - 2*scipy.linalg.sqrtm(Ca@Cb).real)
-    assert abs(D.frechet(torch.tensor(a), torch.tensor(b)) - want) < 1e-6*want
+    assert abs(D.frechet(torch.tensor(a), torch.tensor(b)) - want) < tolerance['rtol']*want
     with pytest.raises(ValueError, match='at least two'):
         D.frechet(torch.zeros(1, 3), torch.zeros(5, 3))
 

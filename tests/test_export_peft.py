@@ -42,9 +42,11 @@ def with_ranks(model, names, **more):
         return LoRA(W, mask, r=2 + i % 3, alpha=[4., 16., 3.][i % 3], **more)
     return attach(model, dict.fromkeys(names, True), make)
 
+@pytest.mark.peer('to_peft', 'peft',
+                  'outputs of an exported LoRA with several ranks and scales', tolerance=1e-5)
 @pytest.mark.parametrize('rs', [False, True])
 @pytest.mark.parametrize('family', CASES)
-def test_peft_computes_the_same(family, rs, tmp_path):
+def test_peft_computes_the_same(family, rs, tmp_path, tolerance):
     make = lambda: tiny(family, tie_word_embeddings=False)
     m = make()
     base, names = out(m), chosen(m, CASES[family])
@@ -55,9 +57,9 @@ def test_peft_computes_the_same(family, rs, tmp_path):
     assert (changed - base).abs().max() > .05
     to_peft(att, tmp_path)
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
-    torch.testing.assert_close(out(theirs), changed, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out(theirs), changed, atol=tolerance, rtol=0)
     att.fold()
-    torch.testing.assert_close(out(theirs), out(m), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out(theirs), out(m), atol=tolerance, rtol=0)
     held = [k for k in load_file(tmp_path/'adapter_model.safetensors') if 'lora' in k]
     assert len(held) == 2*len(names)
 

@@ -9,6 +9,7 @@ from ftlab import papers
 
 sys.path.insert(0, str(ROOT/'tools'))
 import index
+import peers
 
 MADE = index.made(ROOT)
 FILES = {e['key']: e['notebook'].removeprefix('nbs/') for e in papers.index()}
@@ -183,3 +184,54 @@ def test_what_many_pages_say_has_one_owner():
                     where.setdefault(paragraph.strip(), set()).add(page)
     typed = {text: sorted(on) for text, on in where.items() if len(on) > 5 and len(text) > 30}
     assert not typed, typed
+
+# ---------- the equalities with other packages
+
+GOOD = """import pytest
+@pytest.mark.peer('dora', 'peft', 'outputs', tolerance=dict(loss=1e-6, gradient=dict(rtol=2e-5)))
+def test_x(tolerance):
+    assert 0 <= tolerance['loss']
+"""
+
+@pytest.fixture
+def checkout(tmp_path):
+    "A checkout of one test file"
+    (tmp_path/'tests').mkdir()
+    (tmp_path/'settings.ini').write_text((ROOT/'settings.ini').read_text())
+    def write(text):
+        (tmp_path/'tests'/'test_x.py').write_text(text)
+        return peers.equalities(tmp_path)
+    return write
+
+def test_an_equality_is_read_from_its_mark(checkout):
+    row, = checkout(GOOD)
+    assert row['ours'] == [('dora', 'adapters/yardsticks/low_rank.ipynb')]
+    assert row['tolerance'] == 'loss 1e-6; gradient 2e-5 of its size'
+    assert (row['peer'], row['version']) == ('peft', '0.21.2')
+    assert peers.allowed(0) == 'none: bit for bit'
+    assert peers.allowed(dict(rtol=1e-4, atol=1e-10)) == '1e-10 + 1e-4 of its size'
+
+@pytest.mark.parametrize('old, new, says', [
+    ("'peft'", "'torchvision'", 'torchvision is not in settings.ini, so CI would skip'),
+    ("'dora'", "'adora'", "'adora' is nothing that ftlab exports"),
+    ("'dora'", "'attributions'", 'write module.name'),
+    ("tolerance['loss']", "1e-6", 'must compare by the fixture'),
+    ('test_x(tolerance)', 'test_x()', 'must compare by the fixture')])
+def test_a_mark_that_says_what_is_not_so_is_an_error(checkout, old, new, says):
+    with pytest.raises(ValueError, match=says):
+        checkout(GOOD.replace(old, new))
+
+# files whose tests read what a peer writes, or refuse it, and compare no values with it
+NONE_COMPARED = {'test_anatomy.py', 'test_checkpoints.py', 'test_elsewhere.py',
+                 'test_foreign.py', 'test_gguf_folder.py', 'test_loading.py', 'test_real.py',
+                 'test_serving.py', 'test_train_options.py'}
+
+def test_whoever_compares_with_a_package_is_on_the_list():
+    names = [*peers.versions(ROOT), 'ot']
+    asks = re.compile(rf"importorskip\(\s*'({'|'.join(map(re.escape, names))})\b", re.I)
+    found = {f for f in (ROOT/'tests').rglob('test_*.py') if asks.search(f.read_text())}
+    listed = {ROOT/e['file'] for e in peers.equalities(ROOT)}
+    assert {f.name for f in found - listed} == NONE_COMPARED
+    assert {e['peer'] for e in peers.equalities(ROOT)} > {
+        'peft', 'trl', 'torch', 'transformers', 'bitsandbytes', 'schedulefree', 'mergekit', 'POT',
+        'galore_torch', 'captum', 'transformer_lens'}

@@ -67,8 +67,10 @@ def test_gathered_gradients_step_as_dense_ones_do(dtype):
     (a, b), (c, d) = train(cases, dtype), train(cases, dtype, lists=True)
     assert same(a, c) and same(b, d)
 
+@pytest.mark.peer('SparseAdamW', 'torch',
+                  'weights after 200 steps with everything selected', tolerance=2e-5)
 @pytest.mark.parametrize('decay', [0., .1])
-def test_with_everything_selected_it_is_torchs_adamw(decay):
+def test_with_everything_selected_it_is_torchs_adamw(decay, tolerance):
     """200 steps, float32, against torch's own in float64:
     no further from it than torch's float32 is, within a tenth"""
     def run(dtype, make):
@@ -86,11 +88,13 @@ def test_with_everything_selected_it_is_torchs_adamw(decay):
     ours = run(torch.float32,
                lambda ps: SparseAdamW({p: True for p in ps}, lr=1e-2, weight_decay=decay))
     error = lambda x: (x - exact).pow(2).mean().sqrt()
-    assert error(ours) <= 1.1*error(theirs) + 1e-9 and (ours - theirs).abs().max() < 2e-5
+    assert error(ours) <= 1.1*error(theirs) + 1e-9 and (ours - theirs).abs().max() < tolerance
 
+@pytest.mark.peer('SparseAdamW', 'torch',
+                  'weights after 20 steps on a selection', tolerance=dict(rtol=1e-5, atol=1e-6))
 @pytest.mark.parametrize('decay', [0., .1])
 @pytest.mark.parametrize('case', range(len(selections())))
-def test_it_is_a_dense_adamw_with_masked_gradients_whose_other_weights_stay(case, decay):
+def test_it_is_a_dense_adamw_with_masked_gradients_whose_other_weights_stay(case, decay, tolerance):
     shape, s = selections()[case]
     p = nn.Parameter(torch.randn(shape))
     q = nn.Parameter(p.detach().clone())
@@ -104,7 +108,7 @@ def test_it_is_a_dense_adamw_with_masked_gradients_whose_other_weights_stay(case
         ours.step()
         theirs.step()
         q.data[~on] = start[~on]
-    assert (torch.equal(p[~on], start[~on]) and torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+    assert (torch.equal(p[~on], start[~on]) and torch.allclose(p, q, **tolerance)
             and on.sum() == len(ours.state[p]['exp_avg']))
     assert torch.allclose(ours.state[p]['exp_avg'], theirs.state[q]['exp_avg'][on], rtol=1e-4,
                           atol=1e-7)

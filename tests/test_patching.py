@@ -5,16 +5,13 @@ from functools import partial
 import pytest, torch
 from torch.nn import functional as F
 from ftlab.adapters.attach import attach
-from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import parts
-from ftlab.adapters.subsets.hft import half
 from ftlab.core.anatomy import UnknownArchitecture, anatomy
 from ftlab.core.model import tokens_before
 from ftlab.adapters.yardsticks.prompts import prompt_tuning
 from ftlab.evaluators.patching import (Paths, Site, ablated, activations, all_heads, columns,
                                        edited, head_sizes, mean_activations, patch, patched,
                                        path_patch, put)
-from tiny import example_inputs, tiny, tiny_models
+from tiny import changed, example_inputs, tiny, tiny_models
 from toys import same
 
 FAMILIES = ('llama', 'gpt2', 'bert')
@@ -22,7 +19,11 @@ MORE = ('qwen2', 'qwen3', 'gemma2', 'phi', 'phi3', 'opt', 'gpt_neox', 'roberta')
 CLEAN, OTHER = example_inputs(0), example_inputs(1)
 PADDED = dict(OTHER, attention_mask=torch.tensor([[1]*7, [0] + [1]*6]))
 LENS = dict(gpt2='GPT2LMHeadModel', llama='LlamaForCausalLM', gpt_neox='GPTNeoXForCausalLM')
-close = partial(torch.testing.assert_close, atol=2e-5, rtol=0)
+
+def within(atol):
+    return partial(torch.testing.assert_close, atol=atol, rtol=0)
+
+close = within(2e-5)
 
 @torch.no_grad()
 def logits(model, batch=CLEAN):
@@ -189,9 +190,9 @@ def test_shared_keys_and_rotary_positions_by_hand():
 def lens_of(model):
     "A TransformerLens model around a copy of this one"
     builder = pytest.importorskip('transformer_lens.model_bridge.sources._bridge_builder',
-                                  exc_type=ImportError, reason='transformer_lens 4 is not installed')
-    build = builder.build_bridge_from_module
-    return build(copy.deepcopy(model), LENS[model.config.model_type], hf_config=model.config,
+                                  exc_type=ImportError, reason='transformer_lens is in the bench extra')
+    return builder.build_bridge_from_module(
+        copy.deepcopy(model), LENS[model.config.model_type], hf_config=model.config,
                  dtype=torch.float32, device='cpu').eval()
 
 @torch.no_grad()
@@ -213,10 +214,12 @@ def lens_run(lens, batch, values={}):
                               + [(n, partial(reader, name=n)) for n in points])
     return out, seen
 
+@pytest.mark.peer('patching.activations, patch', 'transformer_lens',
+                  'activations and patched outputs (GPT-2, Llama, GPT-NeoX)', tolerance=2e-5)
 @pytest.mark.parametrize('family', LENS)
-def test_transformer_lens_patches_the_same_activations(family):
+def test_transformer_lens_patches_the_same_activations(family, tolerance):
     model = tiny(family)
-    lens = lens_of(model)
+    lens, close = lens_of(model), within(tolerance)
     (clean, a), (_, b) = lens_run(lens, CLEAN), lens_run(lens, OTHER)
     close(logits(model), clean)
     ours = activations(model, CLEAN, [Site('residual', 0), Site('mlp', 1), *all_heads(model)])
@@ -231,12 +234,14 @@ def test_transformer_lens_patches_the_same_activations(family):
         theirs, _ = lens_run(lens, CLEAN, {point: [((slice(None), 3), b[point][:, 3])]})
         close(patch(model, CLEAN, OTHER, [Site(kind, 0)], 3), theirs)
 
+@pytest.mark.peer('Paths', 'transformer_lens',
+                  'outputs with paths patched (GPT-2, Llama, GPT-NeoX)', tolerance=2e-5)
 @pytest.mark.parametrize('family', LENS)
 @pytest.mark.parametrize('through_mlps', [False, True])
-def test_transformer_lens_patches_the_same_paths(family, through_mlps):
+def test_transformer_lens_patches_the_same_paths(family, through_mlps, tolerance):
     "The three steps written with its hooks, from each head of block 0 to the logits and to a query and value"
     model, every = tiny(family), (slice(None),)
-    lens = lens_of(model)
+    lens, close = lens_of(model), within(tolerance)
     (_, a), (_, b) = lens_run(lens, CLEAN), lens_run(lens, OTHER)
     kept = ['attn.hook_z'] + ([] if through_mlps else ['hook_mlp_out'])
     paths = Paths(model, CLEAN, OTHER, through_mlps)
@@ -254,14 +259,16 @@ def test_transformer_lens_patches_the_same_paths(family, through_mlps):
             theirs, _ = lens_run(lens, CLEAN, {point: [(index, seen[point][index])]})
             close(paths([Site('head', 0, h)], [Site(role, 1, 3)]), theirs)
 
-def test_transformer_lens_patches_across_models():
+@pytest.mark.peer('patch', 'transformer_lens',
+                  'outputs with a head of a tuned model (GPT-2)', tolerance=2e-5)
+def test_transformer_lens_patches_across_models(tolerance):
     model = tiny('gpt2')
     tuned = moved(model)
     lens, other = lens_of(model), lens_of(tuned)
     _, b = lens_run(other, CLEAN)
     point, index = 'blocks.0.attn.hook_z', (slice(None), slice(None), 2)
     theirs, _ = lens_run(lens, CLEAN, {point: [(index, b[point][index])]})
-    close(patch(model, CLEAN, CLEAN, [Site('head', 0, 2)], source_model=tuned), theirs)
+    within(tolerance)(patch(model, CLEAN, CLEAN, [Site('head', 0, 2)], source_model=tuned), theirs)
 
 # ---------- identities, on every kind of model
 
@@ -308,18 +315,6 @@ def test_models_with_experts_and_two_stacks():
     assert torch.equal(patch(model, batch, batch, all_heads(model)), logits(model, batch))
 
 # ---------- attached changes
-
-def changed(model, kind, seed=3):
-    "Attach LoRA or HFT and move what it trains"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        att = (attach(model, parts()(model), lora().delta) if kind == 'lora'
-               else attach(model, half()(model)))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in att.parameters().values():
-            p.add_(.05*torch.randn(p.shape, generator=g))
-    return att
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('kind', ['lora', 'hft'])

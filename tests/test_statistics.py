@@ -25,15 +25,18 @@ def by_hand(model, batch):
     model.zero_grad(set_to_none=True)
     return found
 
+@pytest.mark.peer('statistics.gradients', 'transformers',
+                  'gradients of the loss of a model, over rows',
+                  tolerance=dict(rtol=1e-4, atol=1e-7))
 @pytest.mark.parametrize('of, f', [('mean', lambda g: g), ('abs', torch.abs),
                                    ('square', torch.square)])
-def test_gradients_are_those_of_transformers_loss(of, f):
+def test_gradients_are_those_of_transformers_loss(of, f, tolerance):
     model = toy()
     found = gradients(model, sample(), of=of, rows=3)
     each = [by_hand(model, b) for b in sample().take(3, 1)]
     for n, g in found.items():
         want = sum(f(e[n]) for e in each)/3
-        torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(g, want, **tolerance)
 
 def test_padding_counts_neither_in_gradients_nor_in_activations():
     model = toy()

@@ -59,14 +59,16 @@ def split(model):
 
 # ---------- equal to where they come from
 
+@pytest.mark.peer('muon', 'torch', 'weights after five steps on the same gradients', tolerance=0)
 @pytest.mark.parametrize('adjust, rest', [('match_rms_adamw', 1.), ('original', .05)])
-def test_muon_is_torchs(adjust, rest):
+def test_muon_is_torchs(adjust, rest, tolerance):
     def optimizers(model):
         ours, others = split(model)
         assert len(ours) == 14
         return (torch.optim.Muon(ours, lr=LR, weight_decay=.1, adjust_lr_fn=adjust),
                 torch.optim.AdamW(others, lr=rest*LR, betas=BETAS, weight_decay=.1, fused=True))
-    assert gap(*beside(methods.muon(adjust=adjust, rest=rest), optimizers, weight_decay=.1)) == 0.
+    apart = gap(*beside(methods.muon(adjust=adjust, rest=rest), optimizers, weight_decay=.1))
+    assert apart <= tolerance
 
 def orthogonal(G):
     "The Newton-Schulz iteration by its formula, in the precision of the reference"
@@ -97,10 +99,13 @@ def test_muon_is_the_formula_of_the_reference(shape):
     print("muon beside the formula", shape, apart)
     assert apart < .03
 
+@pytest.mark.peer('galore', 'galore_torch',
+                  'weights after five steps on the same gradients', tolerance=1e-6)
 @pytest.mark.parametrize('decay', [0., .1])
-def test_galore_is_galore_torchs(decay):
+def test_galore_is_galore_torchs(decay, tolerance):
     pytest.importorskip('bitsandbytes', reason='galore_torch imports bitsandbytes')
-    GaLoreProjected = pytest.importorskip('galore_torch', reason='the peer of galore').GaLoreAdamW
+    GaLoreProjected = pytest.importorskip(
+        'galore_torch', reason='galore_torch is in the bench extra').GaLoreAdamW
     def optimizers(model):
         ours, others = split(model)
         small = dict(params=ours, rank=3, update_proj_gap=2, scale=2., proj_type='std')
@@ -109,21 +114,25 @@ def test_galore_is_galore_torchs(decay):
                 torch.optim.AdamW(others, lr=LR, betas=BETAS, weight_decay=decay))
     apart = gap(*beside(methods.galore(r=3, alpha=2., every=2), optimizers, weight_decay=decay))
     print('galore', decay, apart)
-    assert apart < 1e-6
+    assert apart < tolerance
 
-def test_8_bit_adam_is_bitsandbytes():
+@pytest.mark.peer('adam8bit', 'bitsandbytes',
+                  'weights after five steps on the same gradients', tolerance=0)
+def test_8_bit_adam_is_bitsandbytes(tolerance):
     bnb = pytest.importorskip('bitsandbytes', reason='adam8bit needs bitsandbytes')
     # the embedding is large enough for eight bits
     def optimizers(model):
         return (bnb.optim.AdamW8bit(model.parameters(), lr=LR, betas=BETAS, weight_decay=.1),)
     ours, theirs = beside(methods.adam8bit(), optimizers, weight_decay=.1)
-    assert gap(ours, theirs) == 0.
+    assert gap(ours, theirs) <= tolerance
     plain, start = weights(tuned(methods.full(), weight_decay=.1).model), weights(toy())
     for n, p in weights(ours).items():
         assert (p - plain[n]).norm() < (plain[n] - start[n]).norm()/3, n
 
+@pytest.mark.peer('schedule_free', 'schedulefree',
+                  'weights after five steps on the same gradients', tolerance=1e-6)
 @pytest.mark.parametrize('decay, warmup', [(0., 0), (.1, 0), (.1, 3)])
-def test_schedule_free_is_schedulefrees(decay, warmup):
+def test_schedule_free_is_schedulefrees(decay, warmup, tolerance):
     peer = pytest.importorskip('schedulefree', reason='the peer of schedule_free')
     theirs = peer.AdamWScheduleFree
     made = []
@@ -137,10 +146,12 @@ def test_schedule_free_is_schedulefrees(decay, warmup):
     made[0].eval()
     apart = gap(ours, other)
     print('schedule_free', decay, warmup, apart, 'the fast side', fast)
-    assert apart < 1e-6 < fast
+    assert apart < tolerance < fast
 
+@pytest.mark.peer('schedule_free', 'schedulefree',
+                  'a matrix while the rate changes', tolerance=1e-6)
 @pytest.mark.parametrize('rates', [(.02, .04, .06, .06), (.06, .04, .02, 0., .05)])
-def test_schedule_free_is_schedulefrees_while_the_rate_changes(rates):
+def test_schedule_free_is_schedulefrees_while_the_rate_changes(rates, tolerance):
     "Large steps and decay, so that a decay taken at the average, or another weight of a step, shows"
     peer = pytest.importorskip('schedulefree', reason='the peer of schedule_free')
     g = torch.Generator().manual_seed(0)
@@ -151,14 +162,14 @@ def test_schedule_free_is_schedulefrees_while_the_rate_changes(rates):
     for lr in rates:
         ours.look(ahead=True)
         other.train()
-        torch.testing.assert_close(p.detach(), q.detach(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(p.detach(), q.detach(), atol=tolerance, rtol=0)
         p.grad = torch.randn(5, 7, generator=g)
         q.grad = p.grad.clone()
         ours.param_groups[0]['lr'] = other.param_groups[0]['lr'] = lr
         ours.step()
         other.step()
         other.eval()
-        torch.testing.assert_close(p.detach(), q.detach(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(p.detach(), q.detach(), atol=tolerance, rtol=0)
     assert (p.detach() - start).abs().max() > .05
 
 # ---------- Schedule-Free: the average is what everyone sees

@@ -3,6 +3,10 @@ import torch
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
                           AutoModelForImageClassification, AutoModelForMaskedLM,
                           AutoModelForSeq2SeqLM, AutoModelForSequenceClassification)
+from ftlab.adapters.attach import attach
+from ftlab.adapters.modules.lora import lora
+from ftlab.adapters.select import parts
+from ftlab.adapters.subsets.hft import half
 
 VOCAB = 64
 DECODERS = 'llama qwen2 qwen3 mistral gemma gemma2 gemma3_text gpt2'.split()
@@ -71,3 +75,15 @@ def tiny_models() -> dict:
     """`{family: (model, inputs)}` for every family, each with its usual head;
     made afresh on every call"""
     return {f: (tiny(f), inputs_for(f)) for f in USUAL}
+
+def changed(model, kind, seed=3):
+    "Attach LoRA or HFT and move what it trains"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        att = (attach(model, parts()(model), lora().delta) if kind == 'lora'
+               else attach(model, half()(model)))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in att.parameters().values():
+            p.add_(.05*torch.randn(p.shape, generator=g))
+    return att

@@ -20,7 +20,7 @@ from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 # the checkout that this file lies in, not one installed
-sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]
+sys.path[:0] = [str(ROOT), str(ROOT/'tools'), str(ROOT/'tests'), str(ROOT/'docs')]
 
 from ftlab.instruments.families import (CONCERNS, FAMILIES, answer_words, entries_of, read_family,
                                         seeds_of) # noqa: E402
@@ -28,6 +28,7 @@ from ftlab.instruments.verdicts import contrast, contrast_verdict # noqa: E402
 from ftlab.map import CHAPTERS, chapter_named # noqa: E402
 from ftlab.papers import (PARTS, catalogue, index, nouns, papers_html, scoreboard, scoreboard_html,
                           effect_line) # noqa: E402
+from peers import equalities  # noqa: E402
 from readme import readme  # noqa: E402
 
 MARK = re.compile(r'<!-- made by `make index`: (.+?) -->')
@@ -295,6 +296,20 @@ def _answers(link: str, result: dict) -> list[tuple]:
             for name, e in entries_of(result).items()]
 
 
+def peers(p: Project, page: str, only: str = '') -> str:
+    "A row for each equality with another package that a test holds; `only`: of this test file"
+    rows = []
+    for e in equalities(p.root):
+        link = lambda to: Path(os.path.relpath(to, os.path.dirname(page))).as_posix()
+        ours = ', '.join(f'`{name}`' if to == page else f'[`{name}`]({link(to)})'
+                         for name, to in e['ours'])
+        if only in ('', e['file']):
+            rows.append((ours, f'{e["peer"]} {e["version"]}', e['compared'], e['tolerance'],
+                         f'`{e["file"].removeprefix("tests/")}::{e["test"]}`'))
+    heads = ('ours', 'package', 'what is compared', 'largest difference allowed', 'test')
+    return _table(*heads, rows=rows)
+
+
 def families(p: Project) -> str:
     "A row a family: what it is about, and its papers with their verdicts"
     rows = []
@@ -491,7 +506,10 @@ def made(root: Path) -> dict[str, str]:
     for part in PARTS:
         for name in p.families(part):
             p.fill(f'{part}/{name}/index.ipynb', dict(papers=family(p, part, name)))
-    p.fill('methods.ipynb', dict(which=which(p), measured=measured(p), methods=methods(p)))
+    p.fill('methods.ipynb', dict(which=which(p), measured=measured(p), methods=methods(p),
+                                 peers=peers(p, 'methods.ipynb')))
+    page = 'evaluators/patching.ipynb'
+    p.fill(page, dict(peers=peers(p, page, only='tests/test_patching.py')))
     p.fill('commands/merge.ipynb', dict(rules=rules(p)))
     both = f'{counts(p)} {real_counts(p)}'.rstrip()
     p.fill('index.ipynb', dict(families=families(p),

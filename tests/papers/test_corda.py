@@ -71,10 +71,13 @@ def of_peft(peft, model, batch, mode, r, alpha, names):
     return peft.get_peft_model(model, config), seen
 
 
+@pytest.mark.peer('corda', 'peft',
+                  'the start, beside the largest entry',
+                  tolerance=dict(covariances=dict(rtol=1e-5), product=dict(rtol=1e-3)))
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'qwen2', 'opt'])
 @pytest.mark.filterwarnings('ignore:fan_in_fan_out')
-def test_the_start_is_that_of_peft(family, mode):
+def test_the_start_is_that_of_peft(family, mode, tolerance):
     """Covariances to 1e-5 of their largest entry (another order of sums). The product, which has no sign to choose,
     to 1e-3 of the weight's largest entry, and to 5e-4 from peft's own covariance: float32 inverts a covariance of 54
     tokens no better, and peft is as far from the product in float64. The rows of A and columns of B are as long."""
@@ -86,9 +89,10 @@ def test_the_start_is_that_of_peft(family, mode):
     for n, d in att.deltas.items():
         W, before = att.weight(n)[0], f'base_model.model.{n.removesuffix(".weight")}'
         most = float(W.abs().max())
-        assert (C[n] - seen[n]).abs().max() <= 1e-5*seen[n].abs().max(), n
+        near = tolerance['covariances']['rtol']*seen[n].abs().max()
+        assert (C[n] - seen[n]).abs().max() <= near, n
         A, B = (params[f'{before}.lora_{k}.default.weight'].detach() for k in 'AB')
-        assert (d.s*(d.B0 @ d.A0 - B @ A)).abs().max() <= 1e-3*most, n
+        assert (d.s*(d.B0 @ d.A0 - B @ A)).abs().max() <= tolerance['product']['rtol']*most, n
         a, b = split(W, seen[n], 4, d.s, mode)
         assert (d.s*(b @ a - B @ A)).abs().max() <= 5e-4*most, n
         torch.testing.assert_close(a.norm(dim=1), A.norm(dim=1), atol=0, rtol=1e-2)
@@ -109,8 +113,9 @@ def projected(W, C, r, mode):
     return (U @ (U.T @ W.double())).float()
 
 
+@pytest.mark.peer('corda', 'peft', 'outputs of the exported adapter', tolerance=1e-5)
 @pytest.mark.parametrize('mode', MODES)
-def test_it_trains_as_peft_does_and_its_folder_is_read_by_peft(mode, tmp_path):
+def test_it_trains_as_peft_does_and_its_folder_is_read_by_peft(mode, tmp_path, tolerance):
     peft = pytest.importorskip('peft', reason='peft is in the bench extra')
     run = fit(toy(), TOK, lab_data(), corda(r=4, **MODES[mode]), steps=3, batch_size=8, lr=1e-2,
               progress=False)
@@ -118,7 +123,7 @@ def test_it_trains_as_peft_does_and_its_folder_is_read_by_peft(mode, tmp_path):
     assert (tuned - logits(toy())).abs().max() > 1e-2
     to_peft(run.delta.attached, tmp_path)
     theirs = peft.PeftModel.from_pretrained(toy(), tmp_path).eval()
-    torch.testing.assert_close(logits(theirs), tuned, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(theirs), tuned, atol=tolerance, rtol=0)
 
 
 # ---------- the decomposition

@@ -59,15 +59,17 @@ def test_the_attribution_is_the_formula_at_the_last_block():
         assert a.abs().max() > 1e-3
 
 
-def test_the_attribution_is_captums_integrated_gradient():
-    captum = pytest.importorskip('captum.attr')
+@pytest.mark.peer('loki.attributions', 'captum',
+                  'integrated gradients', tolerance=dict(rtol=1e-4, atol=1e-6))
+def test_the_attribution_is_captums_integrated_gradient(tolerance):
+    captum = pytest.importorskip('captum.attr', reason='captum is in the bench extra')
     model = sharp()
     found, = attributions(model, collate(ROWS[:1], TOK.pad_token_id), [DOWN.format(1)], steps=7)
     P, z = last_block(model, ROWS[0])
     theirs = captum.IntegratedGradients(P).attribute(
         z[None], torch.zeros_like(z)[None], target=int(P(z).argmax()), n_steps=7,
         method='riemann_right')
-    torch.testing.assert_close(found[0].double(), theirs[0].double(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0].double(), theirs[0].double(), **tolerance)
 
 
 def test_contributions_of_the_first_block_add_up_to_what_its_mlp_does():

@@ -33,7 +33,10 @@ def in_peft(att):
     return theirs, same
 
 
-def test_forward_and_gradients_are_those_of_peft_and_torch():
+@pytest.mark.peer('spafit', 'peft',
+                  'one pass of a BERT',
+                  tolerance=dict(outputs=1e-5, gradients=dict(rtol=1e-4, atol=1e-3)))
+def test_forward_and_gradients_are_those_of_peft_and_torch(tolerance):
     model, inputs = tiny('bert'), inputs_for('bert')
     att = attach(model, strata((0, .5))(model), pairs_and_biases(4))
     theirs, same = in_peft(att)
@@ -42,11 +45,11 @@ def test_forward_and_gradients_are_those_of_peft_and_torch():
             mine.copy_(.1*torch.randn(mine.shape))
             other.copy_(mine + other if mine.ndim == 1 else mine)
     ours, want = answers(model, inputs), answers(theirs, inputs)
-    torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, want, rtol=0, atol=tolerance['outputs'])
     ours.square().sum().backward()
     want.square().sum().backward()
     for mine, other in same:
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(mine.grad, other.grad, **tolerance['gradients'])
     assert sum(p.requires_grad for p in theirs.parameters()) == len(list(att.parameters()))
     top = anatomy(tiny('bert')).blocks[1].name
     frozen = (f'{top}.attention.self.query.bias', f'{top}.attention.self.value.bias')

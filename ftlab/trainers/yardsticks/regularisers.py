@@ -142,7 +142,7 @@ class focal_loss:
         return ((-torch.expm1(-each)).clamp(min=1e-12)**self.gamma*each).sum()/state.count
 
 @yardstick('Focal Loss for Dense Object Detection', '1708.02002',
-           'equation 4 over the vocabulary; for two classes equal to torchvision\'s sigmoid_focal_loss with alpha=-1')
+           'equation 4 over the vocabulary; for two classes equal to transformers\' sigmoid_focal_loss with alpha=-1')
 def focal(gamma:float=2. # how much certain tokens are ignored; 0 is plain fine-tuning
          ) -> Recipe:
     "Give tokens that the model is sure of less weight"
