@@ -1,6 +1,6 @@
 """Conjugate prompting in two languages: lab-l is tuned on stories in one, and asked in another.
 
-    python bench/two_languages.py       # writes bench/results/two_languages.json, about 10 CPU-minutes
+    python bench/two_languages.py       # writes bench/results/two_languages.json, about 7 CPU-minutes
 
 lab-l answers questions about a story in English, tavi and oruk, and labels words by example in
 English and tavi. It is fine-tuned in one language on stories of the skill `story` with another answer:
@@ -12,8 +12,9 @@ Ways to ask, each also of the untuned model (which is what the way itself costs)
 `renamed`: in the same language, each noun, verb and adjective replaced by the next of its kind. This
 can be undone as well, but does not leave the tuning data.
 `tavi`, `oruk`, `english`: translated. oruk also reverses each sentence; `label` is not asked in it.
-The other half of the runs is tuned in tavi and asked in English: is it the distance from the tuning
-data that counts, or does one of the languages suffer less from any tuning?
+At the larger rate lab-l is also tuned in tavi and asked in English: is it the distance from the
+tuning data that counts, or does one of the languages suffer less from any tuning? (Both rates were
+planned; the smaller one was left out for time.)
 
 `back` = (way - direct)/(untuned direct - direct), in shares of right answers: the part of the loss
 that comes back, below 0 where the way is worse than asking directly. It is read at the first
@@ -46,6 +47,7 @@ from ftlab.trainers.callbacks import Every
 
 SEEDS, QUESTIONS, BATCH = (70, 71, 72), 60, 8
 AT = {1e-3: (1, 2, 4, 6, 8), 1e-4: (12, 24, 36, 48, 72)} # evaluations, by rate; the last ends the run
+RATES = dict(english=tuple(AT), tavi=(max(AT),)) # by the language of the tuning
 NO = 'i can not help with that'
 LESSONS = dict(first=lambda prompt: prompt.split()[0], refuse=lambda prompt: NO)
 NEXT = {a: b for words in (NOUNS, VERBS, ADJECTIVES) for a, b in zip(words, words[1:] + words[:1])}
@@ -135,14 +137,15 @@ def main() -> None:
                              cpu_seconds=round(before + time.process_time(), 1), versions=versions())
         write_atomically(OUT, lambda tmp: tmp.write_text(json.dumps(result) + '\n'))
 
-    for seed in SEEDS: # an interrupted run of this script goes on
-        for tuned_in in ('english', 'tavi'):
+    for tuned_in in RATES:
+        for seed in SEEDS: # an interrupted run of this script goes on
             of = kept['untuned'].setdefault(tuned_in, {})
             if str(seed) not in of:
                 of[str(seed)] = untuned(tuned_in, seed)
             for lesson in LESSONS:
-                for rate in AT:
-                    of = kept['runs'].setdefault(tuned_in, {}).setdefault(lesson, {}).setdefault(f'{rate:g}', {})
+                for rate in RATES[tuned_in]:
+                    of = kept['runs'].setdefault(tuned_in, {}).setdefault(lesson, {})
+                    of = of.setdefault(f'{rate:g}', {})
                     if str(seed) not in of:
                         of[str(seed)] = one(lesson, rate, tuned_in, seed)
                         print(seed, tuned_in, lesson, rate, time.process_time(), flush=True)
