@@ -124,17 +124,19 @@ def one(lesson:str, rate:float, tuned_in:str, seed:int) -> list[dict]:
 
 def untuned(tuned_in:str, seed:int) -> dict:
     model, tok = ftlab.load('lab-l')
-    return {skill: {way: right for way, (right, _) in shares(model, tok, skill, tuned_in, seed).items()}
-            for skill in ('story', 'label')}
+    found = {skill: shares(model, tok, skill, tuned_in, seed) for skill in ('story', 'label')}
+    return {skill: {way: right for way, (right, _) in of.items()} for skill, of in found.items()}
 
 def main() -> None:
     torch.set_num_threads(1)
-    kept = json.loads(OUT.read_text()) if OUT.exists() else dict(untuned={}, runs={}, cpu_seconds=0.)
+    new = dict(untuned={}, runs={}, cpu_seconds=0.)
+    kept = json.loads(OUT.read_text()) if OUT.exists() else new
     before = kept['cpu_seconds']
 
     def write():
-        result = kept | dict(model='lab-l', seeds=SEEDS, questions=QUESTIONS, batch_size=BATCH, threads=1,
-                             cpu_seconds=round(before + time.process_time(), 1), versions=versions())
+        result = kept | dict(
+            model='lab-l', seeds=SEEDS, questions=QUESTIONS, batch_size=BATCH, threads=1,
+            cpu_seconds=round(before + time.process_time(), 1), versions=versions())
         write_atomically(OUT, lambda tmp: tmp.write_text(json.dumps(result) + '\n'))
 
     for tuned_in in RATES:
