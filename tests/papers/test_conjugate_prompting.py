@@ -1,5 +1,8 @@
 "The exact predictor beside scikit-learn, torch's distributions and brute force; what transforms must undo; errors"
+import json
+import sys
 from copy import deepcopy
+from pathlib import Path
 import math
 import pytest
 import torch
@@ -12,6 +15,10 @@ from ftlab.evaluators.mechanisms.conjugate_prompting import (Mixture, Prompt, Re
                                                              rotated, rotation, scaled, shrunk,
                                                              train, tuned, ways)
 from ftlab.instruments.claims import named_claim, script_of
+
+BENCH = Path(__file__).parents[2]/'bench'
+sys.path.append(str(BENCH))
+import two_languages  # noqa: E402
 
 WORLD = mixture(3, m=5, d=3, sigma=.6, share=.4)
 PROMPT, W = draw(WORLD, 40, seed=4, pairs=6)
@@ -128,6 +135,49 @@ def test_texts_can_be_transformed_too():
     order = []
     loud = conjugate(lambda p: order.append(p) or p[::-1], str.upper, str.lower)
     assert loud('abc') == 'cba' and order == ['ABC']
+
+
+def answer_of_story(prompt):
+    "Fill the gap of the last sentence, whatever the language"
+    *told, asked = [s.split() for s in prompt.split(' . ')]
+    fits = [s for s in told if all(a in ('?', b) for a, b in zip(asked, s))]
+    return fits[0][asked.index('?')]
+
+
+def label_by_example(prompt):
+    "Find the label that was shown for the last word"
+    *_, word, arrow = words = prompt.split()
+    return words[words.index(word) + 2]
+
+
+@pytest.mark.parametrize('tuned_in', ['english', 'tavi'])
+@pytest.mark.parametrize('skill, ask, forms', [('story', answer_of_story, 4),
+                                               ('label', label_by_example, 3)])
+def test_a_question_means_the_same_in_each_language(tuned_in, skill, ask, forms):
+    rows = two_languages.asked(skill, 3)
+    seen = set()
+    for there, home in two_languages.ways(skill, tuned_in).values():
+        for row in rows:
+            assert conjugate(ask, there, home)(row['prompt']) == row['response']
+        seen.add(there(rows[0]['prompt']))
+    assert len(seen) == forms
+
+
+def test_the_two_languages_result_is_of_this_script():
+    result = json.loads((BENCH/'results'/'two_languages.json').read_text())
+    assert (tuple(result['seeds']) == two_languages.SEEDS
+            and result['questions'] == two_languages.QUESTIONS)
+    for tuned_in, lessons in result['runs'].items():
+        assert set(lessons) == set(two_languages.LESSONS)
+        for rates in lessons.values():
+            assert list(rates) == [f'{rate:g}' for rate in two_languages.RATES[tuned_in]]
+            for rate, paths in rates.items():
+                steps = two_languages.AT[float(rate)]
+                assert list(map(int, paths)) == result['seeds']
+                for path in paths.values():
+                    assert [row['step'] for row in path] == list(steps)
+                    ways = set(two_languages.ways('story', tuned_in))
+                    assert all(set(row['story']) == ways for row in path)
 
 
 def test_the_parts_of_a_mixture():
