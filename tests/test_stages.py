@@ -395,7 +395,8 @@ def test_a_delta_trains_in_every_stage_as_by_hand():
 def test_either_order_composes_and_names_what_it_is():
     two = staged(Recipe('a'), Share(seen_at_first, 2.))
     both = [two*dft(), dft()*two]
-    assert [[s['name'] if 'name' in s else s['made_by'] for s in r.describe()['stages']] for r in both] == [
+    named = lambda r: [s.get('name', s.get('made_by')) for s in r.describe()['stages']]
+    assert list(map(named, both)) == [
         ['a x dft', 'seen_at_first x dft'], ['dft x a', 'dft x seen_at_first']]
     assert all(r.shares == (1., 2.) and r.stages[0].objective == dft().objective for r in both)
     runs = [tune(r, steps=6) for r in both]
@@ -405,7 +406,8 @@ def test_either_order_composes_and_names_what_it_is():
 
 def test_rates_are_the_stage_s_unless_a_delta_or_a_step_comes():
     whole = Recipe(Method('whole', lr=5e-5, lrs=(5e-5,)), loop=Stages(
-        Recipe('bare'), Recipe(Method('own', lr=7e-5)), lambda ctx: Recipe(Method('made', lr=8e-5))))
+        Recipe('bare'), Recipe(Method('own', lr=7e-5)),
+        lambda ctx: Recipe(Method('made', lr=8e-5))))
     for product, lrs in ((whole*dft(), (5e-5, 7e-5, 8e-5)), (dft()*whole, (5e-5, 7e-5, 8e-5)),
                          (whole*lora(r=2), (lora().lr,)*3)):
         log = tune(product, steps=3, schedule='constant').log
