@@ -68,8 +68,11 @@ MINILM = dict(steps=100, batch_size=32, evaluations=2, items=1000, validation_it
               max_length=64)
 TUNING = 10_000
 PROBE = 6             # steps by which a method's cost is measured
-# arguments where the default means nothing to runs of 100 steps: its slices would never move
-ASKED = dict(slicefine='every=25')
+# arguments where the default means nothing here: in 100 steps the slices would never move, a row's task is its
+# skill, and a language is compared with two that lab-s knows
+ASKED = dict(slicefine='every=25', mftcoder="'skill'", lape="others=('tavi', 'oruk')")
+# a word in the names of the only settings that a method is made for, and why it is left out of the others
+ONLY = dict(lape=('new-language', 'it trains the neurons of one language, and only new-language teaches one'))
 # raised by `compare` for what a method cannot be asked; a full disk or a busy folder is nothing of a method's
 INPUT = (ValueError, TypeError, KeyError)
 
@@ -138,20 +141,22 @@ def nearest_rank(model, budget: float) -> int:
     return max(1, round(budget*sum(p.numel() for p in model.parameters())/one))
 
 
-def asked(key: str, budget: float | None) -> str:
-    """How a paper's method is asked, as text.
+def asked(key: str, setting: Setting) -> str:
+    """How a paper's method is asked in a setting, as text.
     Raises `LookupError` with the reason if there is nothing to ask"""
     if key not in methods.paper_modules():
         raise LookupError('not built here yet')
     if key not in methods.names():
         raise LookupError('a probe or a study: it has no method to train by')
-    takes = inspect.signature(methods.make_of(key)).parameters
-    if budget is None:
-        return key
-    if 'budget' not in takes:
-        raise LookupError('its method takes no budget=: how much it trains follows from its own arguments')
-    more = f', {ASKED[key]}' if key in ASKED else ''
-    return f'{key}(budget={budget:g}{more})'
+    word, why = ONLY.get(key, ('', ''))
+    if word not in setting.name:
+        raise LookupError(why)
+    given = [ASKED[key]] if key in ASKED else []
+    if setting.budget:
+        if 'budget' not in inspect.signature(methods.make_of(key)).parameters:
+            raise LookupError('its method takes no budget=: how much it trains follows from its own arguments')
+        given.insert(0, f'budget={setting.budget:g}')
+    return f'{key}({", ".join(given)})' if given else key
 
 
 def arms_of(family: str, setting: Setting, bench: Bench) -> tuple[dict[str, str], dict[str, str]]:
@@ -162,7 +167,7 @@ def arms_of(family: str, setting: Setting, bench: Bench) -> tuple[dict[str, str]
     for key, row in sorted(catalogue().items()):
         if row['family'] == family:
             try:
-                arms[key] = asked(key, setting.budget)
+                arms[key] = asked(key, setting)
             except LookupError as e:
                 out[key] = e.args[0]
     return arms, out

@@ -46,6 +46,8 @@ RECIPES = {n: partial(made, n) for n in methods.names()} | {
     'two stages': lambda: Recipe('two stages', loop=Stages(lora(), Recipe('norms', select=parts('norm')))),
     'three stages': lambda: Recipe(
         'three stages', loop=Stages(Share(Recipe('half', select=half(.5)), 2.), dft(), lora(r=2))),
+    'stages, each by lora': lambda: Recipe(
+        'two', loop=Stages(Recipe('first'), Share(lambda ctx: Recipe('second'), 2.)))*lora(r=2),
     'a stage that looks back': lambda: Recipe('a stage that looks back',
                                               loop=Stages(Recipe('first'), looking_back)),
     'watched': lambda: Recipe(

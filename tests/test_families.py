@@ -73,6 +73,30 @@ def test_a_new_paper_takes_part_by_its_key_and_its_budget_alone(monkeypatch):
     assert 'no budget' in families.arms_of('subsets', setting, STUB)[1][key]
 
 
+def test_what_a_method_needs_is_given_and_the_others_say_why_not():
+    arms = {s.name: families.arms_of(f, s, STUB) for f in FAMILIES for s in SETTINGS[f]}
+    assert arms['mixed'][0]['mftcoder'] == "mftcoder('skill')"
+    column = methods.get(arms['mixed'][0]['mftcoder']).views[0].task
+    assert all(r[column] for r in families.unequal(n=40).train)
+    assert methods.get(arms['new-procedure, 1%'][0]['slicefine']).callbacks
+    for name, (some, out) in arms.items():
+        if 'new-language' in name:
+            assert some['lape'] == "lape(budget=0.01, others=('tavi', 'oruk'))"
+            assert methods.get(some['lape']).select.others == ('tavi', 'oruk')
+        elif '%' in name:
+            assert 'only new-language teaches one' in out['lape']
+
+
+def test_one_task_is_plain_fine_tuning_and_two_are_not(monkeypatch):
+    monkeypatch.setattr(families, 'PROBE', 2)
+    for make, there in ((families.clean, False), (families.unequal, True)):
+        some = Bench('lab-s', make(n=200), steps=2, progress=False, **SMALL)
+        arms = dict(full='full', mftcoder="mftcoder('skill')")
+        recipes, _, out = families.able(some, arms, same_rows=True)
+        assert ('mftcoder' in recipes) == there, out
+        assert there or 'plain fine-tuning' in out['mftcoder']
+
+
 def test_the_rank_is_the_one_nearest_the_budget():
     model = toy()
     total = sum(p.numel() for p in model.parameters())

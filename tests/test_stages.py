@@ -6,10 +6,13 @@ from ftlab.adapters.delta import Offset
 from ftlab.adapters.store import load_delta
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
+from ftlab.adapters.subsets.hft import hft
 from ftlab.core.data import Data
+from ftlab.core.paper import Method
 from ftlab.core.recipe import CannotCompose, Learner, Loop, Recipe, Share, Stages, needing
 from ftlab.trainers.objective import nll
 from ftlab.trainers.fit import fit
+from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.run import load_learners
 from ftlab.trainers.step import NotFinite
 from test_fit import At, stop, tune
@@ -369,6 +372,80 @@ def test_learners_that_cannot_be_are_refused():
     with pytest.raises(NotFinite, match="'head', after the policy had taken its step: the loss is nan at step 0"):
         tune(Recipe('x',
                     loop=Loop(learners={'head': Learner(lambda s: Head(), lambda s: errs(s)*float('nan'))})))
+
+# ---------- stages times a recipe
+
+def seen_at_first(ctx):
+    "A stage that must see what the stage before did"
+    assert any(not torch.equal(p, ctx.before[n]) for n, p in ctx.model.named_parameters())
+    return Recipe('second')
+
+def test_a_delta_trains_in_every_stage_as_by_hand():
+    run = tune(staged(Recipe('first'), Share(seen_at_first, 2.))*lora(r=2), steps=6)
+    assert [r['lr'] for r in run.log][:1] == [lora().lr] and len(run.log) == 6
+    assert [s['name'] for s in run.settings['stages']] == ['first x lora', 'second x lora']
+    a = tune(lora(r=2), steps=2)
+    a.delta.attached.fold()
+    b = tune(lora(r=2), a.model, steps=4)
+    b.delta.attached.fold()
+    assert same(weights(run.model), weights(b.model))
+    moved = {n for n, p in weights(toy()).items() if not torch.equal(p, weights(run.model)[n])}
+    assert moved == set(parts()(toy()))
+
+def test_either_order_composes_and_names_what_it_is():
+    two = staged(Recipe('a'), Share(seen_at_first, 2.))
+    both = [two*dft(), dft()*two]
+    named = lambda r: [s.get('name', s.get('made_by')) for s in r.describe()['stages']]
+    assert list(map(named, both)) == [
+        ['a x dft', 'seen_at_first x dft'], ['dft x a', 'dft x seen_at_first']]
+    assert all(r.shares == (1., 2.) and r.stages[0].objective == dft().objective for r in both)
+    runs = [tune(r, steps=6) for r in both]
+    assert same(*(weights(r.model) for r in runs))
+    by_hand = tune(staged(dft(), Share(dft(), 2.)), steps=6)
+    assert same(weights(runs[0].model), weights(by_hand.model))
+
+def test_rates_are_the_stage_s_unless_a_delta_or_a_step_comes():
+    whole = Recipe(Method('whole', lr=5e-5, lrs=(5e-5,)), loop=Stages(
+        Recipe('bare'), Recipe(Method('own', lr=7e-5)),
+        lambda ctx: Recipe(Method('made', lr=8e-5))))
+    for product, lrs in ((whole*dft(), (5e-5, 7e-5, 8e-5)), (dft()*whole, (5e-5, 7e-5, 8e-5)),
+                         (whole*lora(r=2), (lora().lr,)*3)):
+        log = tune(product, steps=3, schedule='constant').log
+        assert tuple(r['lr'] for r in log) == lrs
+    assert (whole*dft()).lrs == (dft()*whole).lrs == (5e-5,) and (whole*lora()).lrs == lora().lrs
+
+def test_an_edit_is_of_the_whole_change_and_decoding_of_the_whole_run():
+    def halved(changes, model):
+        return {n: c/2 for n, c in changes.items()}
+    def read(models, tok, prompts):
+        return prompts
+    plain = staged(Recipe('a'), Recipe('b', select=parts('norm')))
+    product = plain*Recipe('c', edit=halved, decode=read)
+    assert product.edit == halved and product.decode == read
+    assert all(s.edit is None and s.decode is None for s in product.stages)
+    run, whole, was = tune(product, lr=1e-2), tune(plain, lr=1e-2), weights(toy())
+    for n, p in weights(run.model).items():
+        torch.testing.assert_close(p, (was[n] + weights(whole.model)[n])/2, rtol=0, atol=1e-6)
+    with run.disabled():
+        assert same(weights(run.model), was)
+
+def test_a_clash_names_the_stage():
+    plain = staged(lora(), Recipe('b'))
+    with pytest.raises(CannotCompose, match="staged x hft, stage 1: lora x hft: both answer 'select'"):
+        plain*hft()
+    with pytest.raises(CannotCompose, match='both train in stages'):
+        plain*plain
+    late, m = staged(Recipe('a'), lambda ctx: lora())*hft(), toy()
+    with pytest.raises(CannotCompose, match=r"stage 2 of 2 \(<lambda> x hft\): lora x hft: both answer 'select'"):
+        tune(late, m)
+    assert same(weights(m), weights(toy()))
+    with pytest.raises(ValueError, match='it returned a int; a stage function'):
+        tune(staged(Recipe('a'), lambda ctx: 3)*dft())
+
+@pytest.mark.parametrize('noun, said', [('objective', 'an objective'), ('step', 'a step'), ('select', 'a select')])
+def test_a_clash_asks_for_one_that_does_both(noun, said):
+    with pytest.raises(CannotCompose, match=f'or write {said} that does both'):
+        Recipe('a', **{noun: print})*Recipe('b', **{noun: len})
 
 # ---------- batches that only an objective can price
 

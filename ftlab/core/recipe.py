@@ -14,7 +14,7 @@ from .text import shortened
 
 # %% auto #0
 __all__ = ['PROMISES', 'NOUNS', 'RESERVED', 'CannotCompose', 'Recipe', 'Learner', 'Loop', 'Share', 'Stages', 'Viewed', 'viewed',
-           'Viewing', 'With', 'Needing', 'needing', 'Chain', 'name_of', 'title_of']
+           'Viewing', 'With', 'Needing', 'needing', 'Chain', 'Composed', 'name_of', 'title_of']
 
 # %% ../../nbs/core/recipe.ipynb #00050245
 PROMISES = {
@@ -53,7 +53,8 @@ class Recipe:
         return replace(self, meta=replace(self.meta, name=name))
 
     def __mul__(self, other:Recipe) -> Recipe:
-        "Combine both methods. Raises `CannotCompose` if both answer the same question differently."
+        """Combine both methods; a recipe without stages takes part in every stage of the other.
+        Raises `CannotCompose` if both answer the same question differently, or both have stages."""
         return _both(self, other)
 
     def __repr__(self):
@@ -345,23 +346,64 @@ class Chain:
 
 # %% ../../nbs/core/recipe.ipynb #000a0245
 def _both(self:Recipe, other:Recipe) -> Recipe:
-    names, new = f'{self.name} x {other.name}', {}
+    names = f'{self.name} x {other.name}'
     if self.stages or other.stages:
-        raise CannotCompose(f'{names}: a recipe of stages has no single answer to compose with; '
-                            'compose its stages instead')
-    for q in NOUNS:
-        try:
-            new[q] = _product(q, getattr(self, q), getattr(other, q))
-        except CannotCompose as e:
-            raise CannotCompose(f'{names}: {e}') from None
-        except TypeError:
-            raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write a {q} that does both') from None
+        return _in_each_stage(self, other, names)
+    new = {q: _answer(q, self, other, names) for q in NOUNS}
     lead = self if self.delta or self.step else other if other.delta or other.step else self
     # the schedule goes with the step: if only the other recipe has one, its schedule is used
     paced = other if other.step and not self.step else lead
     return Recipe(Method(names, lead.lr, lead.lrs,
                          _arguments_of_both(self, other),
                          {**self.waives, **other.waives}, schedule=paced.schedule), **new)
+
+def _in_each_stage(self, other, names) -> Recipe:
+    "Compose every stage of one recipe with the other, which has none"
+    if self.stages and other.stages:
+        raise CannotCompose(f'{names}: both train in stages; use one of them')
+    whole, part = (self, other) if self.stages else (other, self)
+    # an edit is of the whole change, and the answers are drawn when all stages are done
+    last = {q: _answer(q, self, other, names) for q in ('edit', 'decode')}
+    inside, given = replace(part, edit=None, decode=None), []
+    for i, (stage, share) in enumerate(zip(whole.stages, whole.shares), 1):
+        later = Composed(stage, inside, behind=whole is self)
+        try:
+            given.append(Share(later(None) if isinstance(stage, Recipe) else later, share))
+        except CannotCompose as e:
+            raise CannotCompose(f'{names}, stage {i}: {e}') from None
+    lead = part if part.delta or part.step else whole
+    meta = Method(names, lead.lr, lead.lrs, _arguments_of_both(self, other),
+                  {**self.waives, **other.waives}, schedule=lead.schedule)
+    return replace(whole, meta=meta, loop=Stages(*given), **last)
+
+@dataclass(frozen=True)
+class Composed:
+    "A stage times a recipe without stages; the rates are the stage's, unless the recipe brings a delta or a step"
+    stage:Recipe|Callable # as in `Stages`
+    recipe:Recipe
+    behind:bool           # whether the recipe is the second factor
+
+    def __call__(self, context):
+        made = self.stage if isinstance(self.stage, Recipe) else self.stage(context)
+        if not isinstance(made, Recipe) or made.stages:
+            return made # `fit` says what is wrong with it
+        both = made*self.recipe if self.behind else self.recipe*made
+        lead = self.recipe if self.recipe.delta or self.recipe.step else made
+        return replace(both, meta=replace(lead.meta, name=both.name))
+
+    def __repr__(self):
+        names = title_of(self.stage), self.recipe.name
+        return ' x '.join(names if self.behind else names[::-1])
+
+def _answer(q, self, other, names):
+    "Combine both answers to one question. Raises `CannotCompose` if they exclude each other."
+    try:
+        return _product(q, getattr(self, q), getattr(other, q))
+    except CannotCompose as e:
+        raise CannotCompose(f'{names}: {e}') from None
+    except TypeError:
+        an = 'an' if q[0] in 'aeiou' else 'a'
+        raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write {an} {q} that does both') from None
 
 def _arguments_of_both(self, other) -> dict:
     "Return each recipe's arguments by name; the options of one without any"
@@ -447,6 +489,8 @@ def title_of(f) -> str:
     "Return the name of a recipe, function or class; for an instance, its class's name"
     if isinstance(f, Recipe):
         return f.name
+    if isinstance(f, Composed):
+        return repr(f)
     if isinstance(f, (partial, With)):
         return title_of(f.func)
     return getattr(f, '__name__', None) or type(f).__name__

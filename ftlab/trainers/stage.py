@@ -36,7 +36,7 @@ from .step import Backprop, NotFinite, Processes, schedule
 from .watch import PeakMemory, Progress, track
 
 # %% auto #0
-__all__ = ['Job', 'run_stage', 'lost_to_rounding', 'rate_settings', 'Sums']
+__all__ = ['Job', 'run_stage', 'lost_to_rounding', 'rate_settings', 'Sums', 'edit_change']
 
 # %% ../../nbs/trainers/stage.ipynb #0fa0e146
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ def run_stage(job:Job,
         stage.trouble.run = run
         raise stage.trouble
     if recipe.edit is not None:
-        _edit(run, recipe, job.folder)
+        edit_change(run, recipe, job.folder)
     return run
 
 # %% ../../nbs/trainers/stage.ipynb #c122191a
@@ -314,8 +314,8 @@ class Sums:
 
 # %% ../../nbs/trainers/stage.ipynb #95c0e593
 @torch.no_grad()
-def _edit(run:Run, recipe:Recipe, folder:Path) -> None:
-    "Replace the change by its edited form, written into the weights"
+def edit_change(run:Run, recipe:Recipe, folder:Path) -> None:
+    "Replace the change of a run by its edited form, written into the weights"
     att, base = run.delta.attached, None
     try:
         changes = att.changes()

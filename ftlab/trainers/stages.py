@@ -19,7 +19,7 @@ from ..core.recipe import Recipe, title_of
 from .checkpoint import check_same_run, header_of
 from .reference import Originals, Placed
 from .run import Change, Run
-from .stage import Job, rate_settings, run_stage
+from .stage import Job, edit_change, rate_settings, run_stage
 from .step import NotFinite
 
 # %% auto #0
@@ -63,6 +63,8 @@ def run_recipe(job:Job) -> Run:
     if series:
         run.settings = dict(job.settings, stages=[r.settings['recipe'] for r in series.runs])
         series.as_one(run)
+    if series and job.recipe.edit is not None and not trouble:
+        edit_change(run, job.recipe, job.folder)
     if trouble:
         trouble.run = run
         raise trouble

@@ -1,11 +1,15 @@
 "PCP: what is read in each stage, guesses and where they come from, and the edges of its arguments"
 import pytest
 import torch
+from ftlab.adapters.modules.lora import lora
+from ftlab.adapters.select import parts
+from ftlab.adapters.yardsticks.prompts import prompt_tuning
 from ftlab.core.batches import collate
 from ftlab.core.data import data
 from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses import pcp as module
+from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.losses.pcp import pcp, read_all
 from ftlab.trainers.objective import IGNORE
 from tests.toys import TOK, lab_data, same, toy, weights
@@ -104,6 +108,23 @@ def test_shuffled_guesses_are_the_same_guesses(monkeypatch):
                     for r in ('prompted', 'shuffled'))
     assert [p for p, _ in plain] == [p for p, _ in mixed] == prompts
     assert sorted(a for _, a in mixed) == list('abcdef') != [a for _, a in mixed]
+
+
+def test_every_stage_takes_a_delta_or_a_loss(monkeypatch):
+    monkeypatch.setattr(module, 'generate', lambda model, tok, prompts, longest: list('abcdef'))
+    prompts, free = [r['prompt'] for r in lab_data().train[10:16]], set(parts()(toy()))
+    for recipe, count in ((pcp()*lora(r=2), 2), (lora(r=2)*pcp(prompts, reads='raw'), 2),
+                          (pcp(prompts)*lora(r=2), 3)):
+        look, was = Stages(), weights(toy())
+        run = fit(toy(), TOK, lab_data(), recipe, callbacks=(look,), **SETTINGS)
+        assert [s['delta'] for s in run.settings['stages']] == ['LoRA(r=2)']*count
+        assert all((x != IGNORE).any() for x in look.labels) and len(look.labels) == count
+        run.delta.attached.fold()
+        assert {n for n, p in weights(run.model).items() if not torch.equal(p, was[n])} == free
+    run = fit(toy(), TOK, lab_data(), pcp(prompts)*dft(), **SETTINGS)
+    assert [s['objective'] for s in run.settings['stages']] == [dft().describe()['objective']]*3
+    with pytest.raises(ValueError, match='stage 2 of 2 .* acts on activations'):
+        fit(toy(), TOK, lab_data(), pcp()*prompt_tuning(), **SETTINGS)
 
 
 def test_what_it_refuses(monkeypatch):
