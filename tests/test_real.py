@@ -72,10 +72,13 @@ def check_report(run, name):
     assert (new['old'], new['n'], old['old'], old['name']) == (False, 4, True, 'wikitext')
     assert new['before'] == pytest.approx(run.log[0]['nll'], rel=1e-4), 'the same four rows'
     assert new['after'] < .8*new['before']
-    assert old['after'] == pytest.approx(loss(run.model, run.tok, text), abs=1e-4)
+    after = loss(run.model, run.tok, text)
     with run.disabled():
-        assert old['before'] == pytest.approx(loss(run.model, run.tok, text), abs=1e-4)
-    assert abs(old['after'] - old['before']) > 1e-3, 'a text that the change does not touch says nothing'
+        before = loss(run.model, run.tok, text)
+    # float32 sums over 49,152 words, in another order on each side
+    assert (old['before'], old['after']) == pytest.approx((before, after), abs=5e-4)
+    assert -old['change'] == pytest.approx(after - before, abs=1e-4)
+    assert abs(after - before) > 1e-3, 'a text that the change does not touch says nothing'
     least, most = TRAINED[name]
     assert least <= said['cost']['trainable']/said['change']['parameters'] <= most
 
