@@ -7,6 +7,8 @@ The build, the tests, the kernels' times, and `fit`; written to bench/results/gp
     make gpu REHEARSE=1                   # the same code at tiny sizes on the CPU
     make gpu PYTHON=python3 WHEELS=.whl   # with another Python, and wheels for what it lacks; nothing is downloaded
 
+Without bitsandbytes, which Pythons with torch mostly lack, a base in 4 bits is not tested: give its wheel.
+
 What finds mistakes runs first and at once: tests, checkers, and compiling for later. What is timed
 runs after that, alone. Every part is a process of its own with a limit, and what is over is written
 at once, so that a call which is cut short leaves what it had found."""
@@ -34,6 +36,7 @@ PARTS = ('all', 'tests', 'bench', 'fit')
 KERNELS = ('crossentropy', 'magnitude', 'perturb', 'adamw', 'ternary')
 GPU_TESTS = ('test_native.py', 'test_native_cuda.py', 'test_native_adamw.py',
              'test_native_crossentropy.py', 'test_native_ternary.py', 'test_gpu.py')
+TRAINS = 'test_a_method_trains_on_a_gpu_and_gives_the_model_back'
 
 @dataclass
 class Task:
@@ -53,7 +56,8 @@ class Board:
         self.found = dict(facts, results=kept or {})  # kept: results of an earlier call that this one does not repeat
 
     def put(self, task: str, piece: str, row: dict) -> None:
-        "Note a row, write the file, print a line"
+        "Note a row with its day, write the file, print a line"
+        row = row | dict(date=time.strftime('%Y-%m-%d', time.gmtime()))
         with self.lock:
             self.found['results'].setdefault(task, {})[piece] = row
             self.ran.append((task, piece))
@@ -184,13 +188,15 @@ class Runner:
 # --- what there is to do
 
 def read_pytest(output: str, code, rehearsed: bool = False) -> dict:
-    "Counts, and what failed"
+    "Counts, what failed, and the methods that trained"
     last = next((line for line in reversed(output.splitlines())
                  if re.search(r'\d+ (passed|failed|skipped|error|deselected)', line)), '')
     counts = {k: int(n) for n, k in
               re.findall(r'(\d+) (passed|failed|skipped|errors?|deselected)', last)}
     failed = re.findall(r'^(?:FAILED|ERROR) (.*)$', output, re.M)
-    row = dict(state='passed' if code == 0 else 'failed', counts=counts, failed=failed)
+    trained = re.findall(rf'^PASSED \S*{TRAINS}\[(.*)\]$', output, re.M)
+    row = dict(state='passed' if code == 0 else 'failed', counts=counts, failed=failed,
+               methods=sorted(trained))
     if code == 0 and not counts.get('passed'):
         row |= (dict(state='rehearsed: skipped, needs CUDA') if rehearsed
                 else dict(state='failed', why='no test ran'))
@@ -228,7 +234,7 @@ def test_tasks(o) -> list[Task]:
                and not o.rehearse else [])
     files = [ROOT/'tests'/f for f in GPU_TESTS]
     command = [sys.executable, '-m', 'pytest', '-p', 'gpu_only', '-p', 'no:cacheprovider', *workers,
-               '--tb=short', *files]
+               '--tb=short', '-rfEp', *files]
     tests = Task('tests', command, 130, read=partial(read_pytest, rehearsed=o.rehearse),
                  env=dict(FTLAB_LARGE='1'))
     small = child('gpu_small', o)

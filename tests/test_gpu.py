@@ -1,6 +1,8 @@
 "Every method on a GPU: it trains there, as it does on a CPU, and gives the model back"
 import pytest
 import torch
+from ftlab import methods
+from ftlab.core.four_bits import FourBit, made_whole, packed
 from ftlab.core.loading import load
 from ftlab.core.generate import generate
 from ftlab.evaluators.decoding.eft import eft
@@ -69,3 +71,46 @@ def test_a_lab_model_says_the_same_on_a_gpu():
         rows = lab_data().test[:16]
         answers.append(generate(model, tok, [r['prompt'] for r in rows], max_new_tokens=8))
     assert sum(a == b for a, b in zip(*answers)) >= 15
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=cuda)])
+def test_a_matrix_in_4_bits_has_the_gradients_of_the_whole_one(device):
+    pytest.importorskip('bitsandbytes.functional', reason='a base in 4 bits needs bitsandbytes')
+    W = torch.randn(48, 70, generator=torch.Generator().manual_seed(0))
+    Q, whole = packed(W.to(device)), packed(W).whole()
+    assert Q.packed.device.type == Q.scales.device.type == device
+    torch.testing.assert_close(Q.whole().cpu(), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(packed(W).to(device).whole().cpu(), whole, rtol=1e-6, atol=0)
+    x, y = (torch.ones(2, 70, device=device, requires_grad=True) for _ in range(2))
+    outputs = [torch.nn.functional.linear(v, m) for v, m in ((x, Q), (y, Q.whole()))]
+    torch.testing.assert_close(*outputs)
+    for o in outputs:
+        o.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=cuda)])
+@pytest.mark.parametrize('recipe', ['lora', 'dora', 'ia3'])
+def test_a_base_in_4_bits_trains_as_the_same_values_do(recipe, device, tmp_path):
+    pytest.importorskip('bitsandbytes.functional', reason='a base in 4 bits needs bitsandbytes')
+    toy(hidden=64).save_pretrained(tmp_path)
+    TOK.save_pretrained(tmp_path)
+    narrow, _ = load(str(tmp_path), quantize='nf4', device=device)
+    held = [p for p in narrow.parameters() if isinstance(p, FourBit)]
+    assert len(held) == 14 and all(p.packed.device.type == device for p in held)
+    wide = toy(hidden=64).to(device)
+    wide.load_state_dict({n: made_whole(t) for n, t in narrow.state_dict().items()})
+    settings = dict(steps=3, batch_size=8, progress=False)
+    runs = [fit(m, TOK, lab_data(), methods.get(recipe), **settings) for m in (narrow, wide)]
+    losses, changes = ([[r['loss'] for r in run.log] for run in runs],
+                       [run.delta.attached.parameters() for run in runs])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for n, p in changes[0].items():
+        torch.testing.assert_close(p, changes[1][n], rtol=1e-3, atol=1e-5)
+    batch = {k: v.to(device) for k, v in probe().items()}
+    for m, change in zip((narrow, wide), changes):
+        for p in change.values():
+            p.grad = None
+            p.requires_grad_()
+        m(**batch).loss.backward()
+    for n, p in changes[0].items():
+        assert p.grad.abs().max() > 0
+        torch.testing.assert_close(p.grad, changes[1][n].grad, rtol=1e-3, atol=1e-5)

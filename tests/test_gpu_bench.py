@@ -76,6 +76,14 @@ def test_no_time_left_is_said(tmp_path, runner):
 def test_what_pytest_says_is_read(output, code, state):
     assert gpu.read_pytest(output, code)['state'] == state
 
+def test_the_methods_that_trained_are_kept_with_the_day(runner):
+    said = f'PASSED tests/test_gpu.py::{gpu.TRAINS}[lora * dft]\nPASSED tests/a.py::b[x]\n2 passed in 1s'
+    runner.board.put('tests', 'tests', gpu.read_pytest(said, 0))
+    row = runner.board.found['results']['tests']['tests']
+    today = time.strftime('%Y-%m-%d', time.gmtime())
+    assert row['methods'] == ['lora * dft'] and row['date'] == today
+    assert f'def {gpu.TRAINS}(' in (ROOT/'tests/test_gpu.py').read_text()
+
 @pytest.mark.parametrize(
     'output, code, state',
     [('========= ERROR SUMMARY: 0 errors', 0, 'passed'),

@@ -68,6 +68,15 @@ def test_a_family_says_whether_its_papers_are_compared_and_if_none_is_built():
     assert row.endswith('| none built yet |') == (not built)
 
 
+def test_the_readme_names_every_yardstick_beside_its_page():
+    import ftlab.methods
+    common = ftlab.methods.yardsticks() | ftlab.methods.merging_yardsticks()
+    rows = (ROOT/'README.md').read_text(encoding='utf-8').splitlines()
+    for name, file in common.items():
+        page = f'(nbs/{file.parts[-3]}/yardsticks/{file.stem}.ipynb)'
+        assert any(f'`{name}`' in row and page in row for row in rows), name
+
+
 def test_a_failed_control_is_named_beside_the_verdict():
     "Else contrasts that hold or fail would stand below `unclear` without a word"
     seen = set()

@@ -18,6 +18,7 @@ ROWS = [dict(prompt=f'My card {what}. What is this about?', response=about) for 
 TRAIN = dict(steps=4, batch_size=4, max_length=64, progress=False)
 METHODS = dict(full=dict(recipe='full', lr=1e-4), lora=dict(recipe='lora', lr=3e-3),
                hft=dict(recipe='hft', lr=3e-4), qlora=dict(recipe='lora', lr=3e-3, quantize='nf4'))
+TRAINED = dict(full=(1, 1), lora=(.01, .03), hft=(.4, .7), qlora=(.01, .03)) # shares, least and most
 
 
 @pytest.fixture(scope='module')
@@ -53,6 +54,35 @@ def tuned(real, data, name, **more):
     return ftlab.fit(model, tok, data, recipe, lr=how['lr'], **TRAIN | more)
 
 
+def loss(model, tok, row):
+    "Nats a token of a text, as transformers computes it"
+    e = encode(row, tok, 'lm')
+    with torch.no_grad():
+        return model(**{k: torch.tensor([e[k]]) for k in ('input_ids', 'labels')}).loss.item()
+
+
+def check_report(run, name):
+    "What the report says of loss and cost is what transformers computes and what was trained"
+    text = dict(text=joined('In 1998 , the band sold 2 @,@ 500 copies .'))
+    said = json.loads(json.dumps(ftlab.report(run, old=dict(wikitext=[text]), matrices=2).json()))
+    new, old = said['sets']
+    how = METHODS[name]
+    assert said['recipe']['name'] == how['recipe'] and 'SmolLM2-135M-Instruct' in said['model']
+    assert said['settings'].get('quantize') == how.get('quantize')
+    assert (new['old'], new['n'], old['old'], old['name']) == (False, 4, True, 'wikitext')
+    assert new['before'] == pytest.approx(run.log[0]['nll'], rel=1e-4), 'the same four rows'
+    assert new['after'] < .8*new['before']
+    after = loss(run.model, run.tok, text)
+    with run.disabled():
+        before = loss(run.model, run.tok, text)
+    # float32 sums over 49,152 words, in another order on each side
+    assert (old['before'], old['after']) == pytest.approx((before, after), abs=5e-4)
+    assert -old['change'] == pytest.approx(after - before, abs=1e-4)
+    assert abs(after - before) > 1e-3, 'a text that the change does not touch says nothing'
+    least, most = TRAINED[name]
+    assert least <= said['cost']['trainable']/said['change']['parameters'] <= most
+
+
 def test_it_knows_what_it_should_and_the_answer_alone_is_learned(real, data):
     _, model, tok = real
     assert tok.decode(logits(model, tok)[0, -1].argmax()) == ' Paris'
@@ -69,9 +99,7 @@ def test_every_kind_of_method_learns_goes_on_reports_and_is_exported(real, data,
     assert cut.interrupted and len(cut.log) == 2
     again = tuned(real, data, name, out=tmp_path/'cut', save_every=2, resume=True)
     assert again.log == run.log and same(weights(again.model), weights(run.model)), 'resume is bit-equal'
-    old = dict(wikitext=[dict(text=joined('In 1998 , the band sold 2 @,@ 500 copies .'))])
-    said = json.loads(json.dumps(ftlab.report(run, old=old, matrices=2).json()))
-    assert said['old'] and 'smollm' in str(said).lower()
+    check_report(run, name)
     want = logits(run.model, run.tok)
     run.export(tmp_path/'out')
     plain = AutoModelForCausalLM.from_pretrained(tmp_path/'out', dtype=torch.float32)

@@ -226,6 +226,17 @@ def _yardsticks() -> list[tuple[str, str, str]]:
     return rows
 
 
+def common(p: Project) -> str:
+    "A row a kind of yardstick: its page, what it is about, the methods or rules on it"
+    import ftlab.methods
+    pages = {}
+    for name, file in {**ftlab.methods.yardsticks(), **ftlab.methods.merging_yardsticks()}.items():
+        pages.setdefault(f'{file.parts[-3]}/yardsticks/{file.stem}.ipynb', []).append(f'`{name}`')
+    rows = [(f'[{title}]({page})', about, ', '.join(names)) for page, names in sorted(pages.items())
+            for title, about in [head(p.page(page))]]
+    return _table('kind', 'what it is about', 'yardsticks', rows=rows)
+
+
 def rules(p: Project) -> str:
     "Every rule to merge by: where it is from, its strength and settings, what became of its claim"
     import ftlab.methods
@@ -512,7 +523,7 @@ def made(root: Path) -> dict[str, str]:
     p.fill(page, dict(peers=peers(p, page, only='tests/test_patching.py')))
     p.fill('commands/merge.ipynb', dict(rules=rules(p)))
     both = f'{counts(p)} {real_counts(p)}'.rstrip()
-    p.fill('index.ipynb', dict(families=families(p),
+    p.fill('index.ipynb', dict(families=families(p), yardsticks=common(p),
                                counts=f'{both} [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))
     p.fill('papers/scoreboard.ipynb', dict(counts=both, reasons=reasons(p)))
     p.store('papers/scoreboard.ipynb', 'HTML(scoreboard_html(board))', scoreboard_html(board))
