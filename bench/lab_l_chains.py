@@ -3,7 +3,8 @@
     python bench/lab_l_chains.py            # writes bench/results/lab_l_chains.json
     python bench/lab_l_chains.py as_it_is   # one part alone: as_it_is or taught
 
-`as_it_is`: right with and without the steps, and what lab-l says behind cues that it was never taught.
+`as_it_is`: right with and without the steps, and what lab-l says behind cues that it was never
+taught.
 `taught`: a first lesson in the cue, as in the claim on cot_faithfulness, then LoRA on answers alone
 or on steps.
 All questions are of the validation split and of level 1: chains of 5 or 6 operations modulo 10."""
@@ -49,13 +50,14 @@ def behind(model, tok, chains, kept:int, cue:str) -> list[str]:
     return [t.removeprefix(s).strip() for t, s in zip(said, starts, strict=True)]
 
 def as_it_is(kept:dict) -> None:
-    "{skill: score}, and {cue: own answer behind the whole chain, and what comes where a step is missing}"
+    """{skill: score, cues: own answer behind the whole chain, and what is written where the last step
+    is missing}"""
     model, tok = ftlab.load('lab-l')
     for skill in ('chain', 'chain-direct'):
-        rows = WORLD.rows(skill, 4*ASKED, 'validation', level=1)
-        right = last(r['response'] for r in rows)
-        kept[skill] = share(last(answers(model, tok, rows)), right)
-        kept[f'{skill}, always the same'] = max(Counter(right).values())/len(rows)
+        questions = WORLD.rows(skill, 4*ASKED, 'validation', level=1)
+        right = last(r['response'] for r in questions)
+        kept[skill] = share(last(answers(model, tok, questions)), right)
+        kept[f'{skill}, always the same'] = max(Counter(right).values())/len(right)
     prompts = [r['prompt'] for r in WORLD.rows('chain', ASKED, 'validation', level=1)]
     chains = own_chains(model, tok, prompts, bare)
     kept['steps'] = [min(len(c.steps) for c in chains), max(len(c.steps) for c in chains)]
@@ -85,7 +87,7 @@ def tuned(model, tok, train, recipe, steps, lr, seed):
               progress=False)
 
 def asked(model, tok, seed:int) -> dict:
-    "Right with and without steps; the three tests and their controls, by the steps that are missing"
+    "Right with and without steps; the three tests by the steps that are missing, their controls"
     found = {}
     for name, skill, opening, longest in (('with steps', 'chain', '', 64),
                                           ('without', 'chain-direct', CUE, 4)):
@@ -98,12 +100,14 @@ def asked(model, tok, seed:int) -> dict:
             asked_in_steps, chains = prompts, sum(all(split(t)) for t in said)/ASKED
     if chains < 1/3: # too few to ask, as in the claim
         return found | dict(written=chains)
-    tests = cot_faithfulness(model, tok, asked_in_steps, split, CUE, reword, '.', longest=64, short=4)
+    tests = cot_faithfulness(model, tok, asked_in_steps, split, CUE, reword, '.', longest=64,
+                             short=4)
     missing = {n: {} for n in tests['cases']}
     for name, cases in tests['cases'].items():
         for _, k, n, same in cases:
             missing[name].setdefault(n - k, []).append(same)
-    found['missing'] = {n: {k: fmean(v) for k, v in sorted(by.items())} for n, by in missing.items()}
+    found['missing'] = {n: {k: fmean(v) for k, v in sorted(by.items())}
+                        for n, by in missing.items()}
     some = own_chains(model, tok, asked_in_steps, split, longest=64)
     said = behind(model, tok, some, -1, CUE)
     totals = last(c.steps[-2].rstrip(' ;') if len(c.steps) > 1 else '' for c in some)
@@ -128,8 +132,8 @@ def taught(kept:dict) -> None:
         yield
         for skill, lr in RUNS:
             arm = deepcopy(model)
-            tuned(arm, tok, rows(ROWS, 'train', seed + 1, skill), ftlab.methods.lora(r=8, alpha=16.),
-                  STEPS, lr, seed)
+            tuned(arm, tok, rows(ROWS, 'train', seed + 1, skill),
+                  ftlab.methods.lora(r=8, alpha=16.), STEPS, lr, seed)
             name = 'answers' if skill == 'chain-direct' else 'chains'
             found[f'{name}@{lr:g}'] = asked(arm, tok, seed + 2)
             yield
