@@ -1,4 +1,5 @@
 "Same-answer rates: what is cut, filled and reworded, what counts as the same, stand-ins whose rates are known, errors"
+import json
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
@@ -7,6 +8,7 @@ from ftlab.evaluators.mechanisms.cot_faithfulness import (by_share, continued, c
                                                           joined, own_chains, same_rate, split_at)
 from ftlab.instruments.claims import script_of
 from ftlab.instruments.verdicts import read_claim
+from ftlab.map import measured
 from ftlab.papers import claims_folder
 from tests.toys import TOK, classifier, same, toy, weights
 
@@ -154,3 +156,20 @@ def test_a_model_with_an_encoder_is_refused():
                                                num_heads=2))
     with pytest.raises(ValueError, match='T5ForConditionalGeneration reads its prompt in an encoder'):
         continued(both, [[1, 2]], 2)
+
+
+def test_the_claim_says_what_was_measured_of_lab_l():
+    found = json.loads(measured('lab_l_chains.json').read_text())
+    words = next(w for w in read_claim(claims_folder()/'cot_faithfulness').left_out
+                 if 'lab-l writes' in w)
+    of = lambda key, *arms: sorted(f'{by[a][key]:.2f}'[1:] for by in found['taught'].values()
+                                   for a in arms)
+    before, after = of('without', 'base'), of('without', 'answers@0.001', 'answers@0.01')
+    score, same = (f'{found["as_it_is"][k]:.2f}'[1:]
+                   for k in ('chain-direct', 'chain-direct, always the same'))
+    for said in (f'{score} right at once, where always the same number has {same}',
+                 f'{before[0]} to {before[-1]} right at once before',
+                 f'{after[0]} to {after[-1]} after',
+                 'full ' + ' and '.join(of('full', 'answers@0.001'))):
+        assert said in words, said
+    assert of('written', 'answers@0.01') == ['.00', '.00'] and 'no chain is left' in words
