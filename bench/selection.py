@@ -126,9 +126,10 @@ def main(*what):
         ways['SmolLM2-135M'] = singular(some_matrices(load(smollm2_file())[0]))
     except FileNotFoundError as e:
         print(e, file=sys.stderr)
-    save(RESULT, dict(machine(torch.__version__), parameters=sum(p.numel() for p in model.parameters()),
-                      aim=f'at most {AIM} s', rows=ROWS, tokens=TOKENS, singular=ways,
-                      seconds=timed(model, time.perf_counter, THREADS, ROUNDS), **on_one_thread(model)))
+    total, on = sum(p.numel() for p in model.parameters()), machine(torch.__version__)
+    seconds = timed(model, time.perf_counter, THREADS, ROUNDS)
+    save(RESULT, dict(on, parameters=total, aim=f'at most {AIM} s', rows=ROWS, tokens=TOKENS,
+                      singular=ways, seconds=seconds, **on_one_thread(model)))
 
 
 if __name__ == '__main__':

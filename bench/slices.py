@@ -9,7 +9,8 @@ Memory: `fit` with each method in a process of its own, by the system's own mark
 model, and with it; the highest mark of the steps stands beside that of the whole call, which chooses first. SMT is
 measured with random blocks, and again with its selection, which reads the whole gradient of attention once. So are
 full fine-tuning and subsets of another form, of which those that read rows read two. Memory hangs little on what else
-the machine does, so `python bench/slices.py memory` measures it alone and keeps the times of the file."""
+the machine does, so `python bench/slices.py memory` measures it alone and keeps the times of the file;
+`python bench/slices.py memory full loki` keeps the other peaks as well."""
 import json, os, statistics, subprocess, sys, time
 from pathlib import Path
 from native import THREADS, machine, peak, save, status
@@ -32,7 +33,8 @@ def recipe(arm, model):
             'smt': lambda: methods.smt(BUDGET, 64, 'random'),
             'smt with selection': lambda: methods.smt(BUDGET, 64, rows=2),
             'lora': lambda: methods.lora(rank), 'full': lambda: methods.full(),
-            'neuroada': lambda: methods.neuroada(budget=BUDGET), 'sara': lambda: methods.sara(budget=BUDGET),
+            'neuroada': lambda: methods.neuroada(budget=BUDGET),
+            'sara': lambda: methods.sara(budget=BUDGET),
             'spt': lambda: methods.spt(BUDGET, rows=2),
             'goodvibe': lambda: methods.goodvibe(budget=BUDGET, rows=2),
             'loki': lambda: methods.loki(budget=BUDGET, rows=2)}[arm]()
@@ -106,7 +108,7 @@ def run(arm):
     print(arm, r.stdout.splitlines()[-1], flush=True)
     return json.loads(r.stdout.splitlines()[-1])
 
-def main(memory=False):
+def main(memory=False, *arms):
     "Measure; what was measured is saved at once, so that a run that was cut off is not lost"
     path = Path(__file__).parent/'results'/'slices.json'
     if memory:
@@ -117,8 +119,8 @@ def main(memory=False):
                       targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'),
                       **found)
         save(path, result)
-    bytes_ = {}
-    for arm in (*ARMS, *OTHERS):
+    bytes_ = result.get('peak_bytes', {}) if arms else {}
+    for arm in arms or (*ARMS, *OTHERS):
         bytes_[arm] = run(arm)
         on = machine(bytes_[arm].pop('torch'))
         ratios = {k: {a: round(b[k]/bytes_['shira'][k], 2) for a, b in bytes_.items()}
@@ -126,7 +128,4 @@ def main(memory=False):
         save(path, result | dict(peak_machine=on, peak_bytes=bytes_, peak_ratio=ratios))
 
 if __name__ == '__main__':
-    if sys.argv[1:] in ([], ['memory']):
-        main(memory=bool(sys.argv[1:]))
-    else:
-        child(sys.argv[1])
+    child(sys.argv[1]) if sys.argv[1:2] not in ([], ['memory']) else main(*sys.argv[1:])
