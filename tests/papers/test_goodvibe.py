@@ -168,7 +168,7 @@ def test_all_neurons_train_without_confusing_rows_and_columns():
         'model.layers.0.mlp.down_proj.weight': False}
 
 
-def test_optimizer_and_file_scale_with_groups(tmp_path):
+def test_what_trains_and_the_file_scale_with_groups(tmp_path):
     found = {}
     for size in (1, 8):
         run = tune(goodvibe(.4, size), steps=1)

@@ -106,7 +106,7 @@ def test_in_a_mixture_of_experts_the_tensors_of_experts_stay(family):
     assert masks and not any('experts.' in n and 'shared' not in n for n in masks)
 
 
-def test_optimizer_and_file_scale_with_what_trains(tmp_path):
+def test_the_file_scales_with_what_trains(tmp_path):
     sizes = {}
     for k in (1, 4):
         run = fit(toy(), TOK, lab_data(), neuroada(k), steps=1, batch_size=4, progress=False)

@@ -179,7 +179,7 @@ def test_a_resumed_run_holds_what_the_first_one_held(at, tmp_path):
     assert_resumes(lambda **more: tune(sara(5e-3), lr=3e-3, **more), tmp_path, at)
 
 
-def test_optimizer_and_file_scale_with_what_trains(tmp_path):
+def test_the_file_scales_with_what_trains(tmp_path):
     sizes = {}
     for share in (.05, .2):
         run = tune(sara(budget=share), steps=2)

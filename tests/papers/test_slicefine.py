@@ -1,8 +1,10 @@
 "SliceFine: against coordinate descent by hand, and the edges of its arguments"
+import json
 import pytest
 import torch
 from ftlab.adapters.subsets.slicefine import slicefine, slices_of
 from ftlab.trainers.fit import fit
+from tests.pages import ROOT
 from tests.tiny import tiny
 from tests.toys import TOK, lab_data, toy
 
@@ -84,6 +86,16 @@ def test_a_run_that_was_cut_off_continues_bit_for_bit(tmp_path):
     again = fit(toy(), TOK, lab_data(), slicefine(4, every=2), resume=True, **k)
     want, have = whole.delta.tensors(), again.delta.tensors()
     assert all(torch.equal(want[n], have[n]) for n in want)
+
+
+def test_the_page_on_the_real_model_says_that_its_slice_never_moved():
+    "nbs/instruments/real.ipynb, below the table of one fit each; true of the report that is kept"
+    report = json.loads((ROOT/'bench/results/real_papers/slicefine.json').read_text())
+    settings = report.get('result', report)['settings']
+    every, steps = settings['recipe']['arguments']['every'], settings['steps']
+    page = (ROOT/'nbs/instruments/real.ipynb').read_text()
+    said = f'its slice every {every} steps by default, and its run in the table above has {steps}: its slice stayed'
+    assert every >= steps and said in page
 
 
 @pytest.mark.parametrize('make, says', [
