@@ -5240,6 +5240,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families._three': ( 'instruments/families.html#_three',
                                                                                    'ftlab/instruments/families.py'),
+                                            'ftlab.instruments.families._without_arguments': ( 'instruments/families.html#_without_arguments',
+                                                                                               'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.answer': ( 'instruments/families.html#answer',
                                                                                    'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.answer_words': ( 'instruments/families.html#answer_words',

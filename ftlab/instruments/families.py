@@ -233,7 +233,7 @@ def frontiers(file:str|Path, # a result file
     "Draw the frontiers of settings. Raises `KeyError` for a setting that the file does not have"
     from ftlab.instruments.compare_page import picture # which imports this module
     entries = entries_of(read_family(file))
-    entries = {n: entries[n] for n in settings or entries}
+    entries = {n: _without_arguments(entries[n]) for n in settings or entries}
     names = {n: coloured(e['methods']) for n, e in entries.items()}
     styles = method_styles(m for of in names.values() for m in of) # the same in all panels
     alone, parts = len(entries) == 1, []
@@ -245,6 +245,10 @@ def frontiers(file:str|Path, # a result file
                 fig.axes[0].set_position((.12, .13, .67, .85))
             parts += drawn(fig, _panel_words(n, e, names[n]))
     return Picture(parts, 1 if alone else 2)
+
+def _without_arguments(entry) -> dict:
+    "Return a setting whose methods are named without arguments, which the table has"
+    return entry | dict(methods={n.partition('(')[0]: m for n, m in entry['methods'].items()})
 
 def _panel_words(name, entry, names) -> str:
     "Say what a panel shows"
