@@ -273,10 +273,10 @@ def test_frontiers_are_drawn_of_the_settings_that_are_asked_for_and_of_new_ones(
     both, one, two = frontiers(file), frontiers(file, 'one'), frontiers(file, 'two')
     assert [len(p.parts) for p in (both, one, two)] == [2, 1, 1]
     for p in (both, one): # names of those in colour alone
-        assert all(f'{n} gains 80.0 points' in p.alt for n in ('full', 'lora', 'method_2'))
+        assert all(f'{n} gains 0.80, loses 0.10' in p.alt for n in ('full', 'lora', 'method_2'))
         assert 'method_3' not in p.svg and '6 others are thin and grey' in p.alt
         assert p.svg.count('stroke: #b2b2b2') >= 6
-    assert 'method_1 gains 80.0 points' in two.alt and 'grey' not in two.alt
+    assert 'method_1 gains 0.80' in two.alt and 'grey' not in two.alt
     assert 'right is better' in one.svg and 'up is better' in one.svg
     families.write(file, 'subsets', 'three', entry(**many(1)) | how | dict(target=None))
     assert len(frontiers(file).parts) == 3
