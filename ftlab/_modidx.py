@@ -5860,6 +5860,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'ftlab/instruments/runs.py'),
                                         'ftlab.instruments.runs.Runs.write': ( 'instruments/runs.html#runs.write',
                                                                                'ftlab/instruments/runs.py'),
+                                        'ftlab.instruments.runs._recipe_key': ( 'instruments/runs.html#_recipe_key',
+                                                                                'ftlab/instruments/runs.py'),
                                         'ftlab.instruments.runs.library_code': ( 'instruments/runs.html#library_code',
                                                                                  'ftlab/instruments/runs.py'),
                                         'ftlab.instruments.runs.name_of_metric': ( 'instruments/runs.html#name_of_metric',
