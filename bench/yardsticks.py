@@ -69,8 +69,8 @@ def compared(kind:str) -> dict:
             for m in found['methods']}
     also = passed_over(*PASSED_OVER[kind], how, kind) if kind in PASSED_OVER else {}
     about = {k: found['protocol'][k] for k in ('metric', 'forgetting')}
-    return dict(kind=kind, task=task, **about, settings=SETTINGS, target=found['target'], methods=rows,
-                **also, versions=versions())
+    return dict(kind=kind, task=task, **about, settings=SETTINGS, target=found['target'],
+                methods=rows, **also, versions=versions())
 
 def passed_over(name:str, rate:float, how:dict, kind:str) -> dict:
     "Run a method at one rate on the test seeds, without a search"

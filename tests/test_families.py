@@ -8,8 +8,9 @@ import pytest
 from ftlab import methods
 from ftlab.core.io import Busy
 from ftlab.instruments.bench import Bench
-from ftlab.instruments.families import (CONCERNS, FAMILIES, answer, answer_words, coloured, entries_of,
-                                        family_words, frontiers, outermost, read_family, setting_rows)
+from ftlab.instruments.families import (CONCERNS, FAMILIES, answer, answer_words, coloured,
+                                        entries_of, family_words, frontiers, outermost,
+                                        read_family, setting_rows)
 from ftlab.papers import catalogue
 from pages import ROOT
 from toys import TOK, lab_data, toy
@@ -288,7 +289,8 @@ def test_yardsticks_keep_their_frontiers_and_what_was_tried(monkeypatch):
     seeds = [dict(gain=.5, forgetting=.1, forgetting_matched=.1)]
 
     def compare(arms, *args, **kw):
-        rows = [dict(name=str(a), rate=.1, rate_matched=.1, seeds=seeds, frontier=[dict(gain=.6)]) for a in arms]
+        row = dict(rate=.1, rate_matched=.1, seeds=seeds, frontier=[dict(gain=.6)])
+        rows = [dict(row, name=str(a)) for a in arms]
         tuned = {str(a): dict(tried=[[.1, .6]]) for a in arms}
         found = dict(methods=rows, tuning=dict(methods=tuned), target=.4,
                      protocol=dict(metric='exact', forgetting='old skills'))
@@ -300,7 +302,9 @@ def test_yardsticks_keep_their_frontiers_and_what_was_tried(monkeypatch):
                for m in found['methods'].values())
 
 
-@pytest.mark.parametrize('page', sorted((ROOT/'nbs').glob('*/yardsticks/*.ipynb')), ids=lambda p: p.stem)
+KINDS = sorted((ROOT/'nbs').glob('*/yardsticks/*.ipynb'))
+
+@pytest.mark.parametrize('page', KINDS, ids=lambda p: p.stem)
 def test_a_page_of_yardsticks_draws_what_its_file_has(page):
     found = read_family(ROOT/'bench'/'results'/f'yardsticks_{page.stem}.json')
     rows = entries_of(found)

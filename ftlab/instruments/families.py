@@ -254,7 +254,8 @@ def _panel_words(name, entry, names) -> str:
     "Say what a panel shows, in the units of its axes"
     rows = entry['methods']
     mean = lambda values: 'unknown' if None in values else f'{fmean(values):.2f}'
-    each = [f'{n} gains {mean(rows[n]["gain"])}, loses {mean(rows[n]["forgetting"])}' for n in names]
+    each = [f'{n} gains {mean(rows[n]["gain"])}, loses {mean(rows[n]["forgetting"])}'
+            for n in names]
     grey = len(rows) - len(names)
     rest = f'; {grey} others are thin and grey' if grey else ''
     return f'Frontiers on {name}, gain to the right, forgetting downwards. {"; ".join(each)}{rest}.'

@@ -85,9 +85,10 @@ def _recipe_key(recipe) -> dict:
     """Return what a recipe says of itself, without its name, and the options that no recorded argument says:
     `pissa` and `olora` have the same arguments and differ in one"""
     said = {k: v for k, v in recipe.describe().items() if k != 'name'}
-    names = set(recipe.arguments).union(*(a for a in recipe.arguments.values() if isinstance(a, dict)))
-    unsaid = {at: {k: v for k, v in of.items() if k not in names} for at, of in _options(recipe).items()}
-    unsaid = {at: of for at, of in unsaid.items() if of}
+    nested = (a for a in recipe.arguments.values() if isinstance(a, dict)) # of a product's parts
+    names = set(recipe.arguments).union(*nested)
+    unsaid = {at: found for at, of in _options(recipe).items()
+              if (found := {k: v for k, v in of.items() if k not in names})}
     return said | dict(unsaid=unsaid) if recipe.arguments and unsaid else said
 
 def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, steps:int,
