@@ -64,10 +64,13 @@ def compared(kind:str) -> dict:
                           out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()
     tried = {n: m['tried'] for n, m in found['tuning']['methods'].items()}
     rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'], tried=tried[m['name']],
-                            **{k: [row[k] for row in m['seeds']] for k in KEPT})
+                            **{k: [row[k] for row in m['seeds']] for k in KEPT},
+                            frontier=m['frontier'])
             for m in found['methods']}
     also = passed_over(*PASSED_OVER[kind], how, kind) if kind in PASSED_OVER else {}
-    return dict(kind=kind, task=task, settings=SETTINGS, methods=rows, **also, versions=versions())
+    about = {k: found['protocol'][k] for k in ('metric', 'forgetting')}
+    return dict(kind=kind, task=task, **about, settings=SETTINGS, target=found['target'],
+                methods=rows, **also, versions=versions())
 
 def passed_over(name:str, rate:float, how:dict, kind:str) -> dict:
     "Run a method at one rate on the test seeds, without a search"

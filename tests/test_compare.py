@@ -1011,6 +1011,13 @@ def test_a_method_with_arguments_is_described_by_them_alone():
     assert (get('lofit').describe()['stages'][0] == first.describe(explained=True)
             == {k: v for k, v in first.describe().items() if k != 'options'} != first.describe())
 
+def test_no_two_methods_share_a_run(plain):
+    "`pissa` once took the runs of `olora`: the same arguments, and another start"
+    bench, of = Bench(*plain, **FAST), {}
+    for name in (*names(), 'pissa * dft', 'olora * dft'):
+        of.setdefault(key_of(bench, get(name)), []).append(name)
+    assert [same for same in of.values() if len(same) > 1] == []
+
 def test_compare_runs_both_of_two_recipes_that_differ_in_an_option(plain, tmp_path):
     arms = [with_alpha(8.).named('mild'), with_alpha(64.).named('strong')]
     c = compare(arms, *plain, seeds=1, lrs=[1e-2], tune=False, out=tmp_path, **FAST)

@@ -8,8 +8,9 @@ import pytest
 from ftlab import methods
 from ftlab.core.io import Busy
 from ftlab.instruments.bench import Bench
-from ftlab.instruments.families import (CONCERNS, FAMILIES, answer, answer_words, entries_of,
-                                        family_words, read_family, setting_rows)
+from ftlab.instruments.families import (CONCERNS, FAMILIES, answer, answer_words, coloured,
+                                        entries_of, family_words, frontiers, outermost,
+                                        read_family, setting_rows)
 from ftlab.papers import catalogue
 from pages import ROOT
 from toys import TOK, lab_data, toy
@@ -17,6 +18,7 @@ from toys import TOK, lab_data, toy
 sys.path[:0] = [str(ROOT/'bench'), str(ROOT/'tools')]
 import families
 import index
+import yardsticks
 
 STUB = SimpleNamespace(base=lambda seed: (toy(), TOK)) # as much of a bench as the list of arms needs
 SETTINGS = {f: families.settings(f) for f in FAMILIES}
@@ -264,6 +266,79 @@ def test_the_page_says_what_the_files_of_this_project_say():
         for name, e in json.loads(file.read_text(encoding='utf-8'))['settings'].items():
             family = file.stem.removeprefix('family_')
             assert of_family(family) <= {*e['methods'], *e['left_out']}, f'{name}: a paper is missing'
+
+
+# ---------- frontiers
+
+def curve(*corners) -> dict:
+    "A method's row with these corners of its frontier"
+    return row([corners[-1][0]]*2, frontier=[dict(gain=g, forgetting=f) for g, f in corners])
+
+
+def many(n: int) -> dict[str, dict]:
+    "`full`, `lora`, and n methods of which each gains as much as the one before and forgets more"
+    return {name: curve((0, 0), (.8, .02*i)) for i, name in
+            enumerate(['full', 'lora', *(f'method_{k}' for k in range(n))])}
+
+
+def test_the_outermost_forget_least_where_much_is_gained():
+    rows = many(4) | dict(short=curve((0, 0), (.3, -.1)), far=curve((0, 0), (.8, .9), (1., .95)))
+    assert outermost(rows, 2) == ['method_0', 'method_1'] # short ends before half of the largest gain
+    rows['far'] = curve((0, 0), (1., 0.))
+    assert outermost(rows, 2)[0] == 'far'
+    assert outermost(dict(full=curve((0, 0)), idle=curve((0, 0)))) == []
+    assert coloured(many(5)) == list(many(5))
+    assert coloured(many(9)) == ['full', 'lora', 'method_0', 'method_1', 'method_2']
+
+
+def test_frontiers_are_drawn_of_the_settings_that_are_asked_for_and_of_new_ones(tmp_path):
+    file, how = tmp_path/'family_subsets.json', dict(metric='exact', target=.5)
+    for name, rows in dict(one=many(9), two=many(2)).items():
+        families.write(file, 'subsets', name, entry(**rows) | how)
+    both, one, two = frontiers(file), frontiers(file, 'one'), frontiers(file, 'two')
+    assert [len(p.parts) for p in (both, one, two)] == [2, 1, 1]
+    for p in (both, one): # names of those in colour alone
+        assert all(f'{n} gains 0.80, loses 0.10' in p.alt for n in ('full', 'lora', 'method_2'))
+        assert 'method_3' not in p.svg and '6 others are thin and grey' in p.alt
+        assert p.svg.count('stroke: #b2b2b2') >= 6
+    assert 'method_1 gains 0.80' in two.alt and 'grey' not in two.alt
+    assert 'right is better' in one.svg and 'up is better' in one.svg
+    families.write(file, 'subsets', 'three', entry(**many(1)) | how | dict(target=None))
+    assert len(frontiers(file).parts) == 3
+    with pytest.raises(KeyError, match='four'):
+        frontiers(file, 'four')
+
+
+def test_yardsticks_keep_their_frontiers_and_what_was_tried(monkeypatch):
+    seeds = [dict(gain=.5, forgetting=.1, forgetting_matched=.1)]
+
+    def compare(arms, *args, **kw):
+        row = dict(rate=.1, rate_matched=.1, seeds=seeds, frontier=[dict(gain=.6)])
+        rows = [dict(row, name=str(a)) for a in arms]
+        tuned = {str(a): dict(tried=[[.1, .6]]) for a in arms}
+        found = dict(methods=rows, tuning=dict(methods=tuned), target=.4,
+                     protocol=dict(metric='exact', forgetting='old skills'))
+        return SimpleNamespace(json=lambda: found)
+    monkeypatch.setattr(yardsticks.ftlab, 'compare', compare)
+    found = yardsticks.compared('few')
+    assert found['target'] == .4 and found['metric'] == 'exact'
+    assert all(m['frontier'] == [dict(gain=.6)] and m['tried'] == [[.1, .6]]
+               for m in found['methods'].values())
+
+
+KINDS = sorted((ROOT/'nbs').glob('*/yardsticks/*.ipynb'))
+
+@pytest.mark.parametrize('page', KINDS, ids=lambda p: p.stem)
+def test_a_page_of_yardsticks_draws_what_its_file_has(page):
+    found = read_family(ROOT/'bench'/'results'/f'yardsticks_{page.stem}.json')
+    rows = entries_of(found)
+    has = bool(rows) and all('frontier' in m for m in found['methods'].values())
+    assert has == ('frontiers(' in page.read_text(encoding='utf-8'))
+    link = f'{page.relative_to(ROOT/"nbs").as_posix()}#Side-by-side'
+    assert has == (link in index.measured(index.Project(ROOT)))
+    for m in found['methods'].values() if has else ():
+        reached = max(c['gain'] for c in m['frontier'])
+        assert m['rate'] in dict(m['tried']) and reached >= max(g for _, g in m['tried']) - 1e-9
 
 
 # ---------- the whole way, very small

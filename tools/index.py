@@ -286,19 +286,30 @@ def uses(nb: dict, page: str) -> list[tuple[str, str]]:
 
 
 def measured(p: Project) -> str:
-    "What was best in each comparison, by what a reader cares about; and the families without a result"
-    folder, rows, none = p.root/'bench'/'results', [], []
+    """What was best in each comparison, by what a reader cares about; where its frontiers are drawn; and the
+    families without a result"""
+    folder, rows, none, drawn = p.root/'bench'/'results', [], [], []
     for name in FAMILIES:
         found = read_family(folder/f'family_{name}.json')
         page = next(f'{part}/{name}/index.ipynb' for part in PARTS if name in p.families(part))
         rows += _answers(f'[{name}]({page})', found or {})
+        drawn += _drawn(p, name, page, 'The-family-side-by-side') if found else []
         if not found:
             none.append(f'No result yet for [{name}]({page}): `python bench/families.py {name}` makes it.')
-    for page in sorted((p.root/'nbs').glob('*/yardsticks/*.ipynb')):
-        link = f'[{page.stem.replace("_", " ")}]({page.relative_to(p.root/"nbs").as_posix()})'
-        rows += _answers(link, read_family(folder/f'yardsticks_{page.stem}.json') or {})
+    for path in sorted((p.root/'nbs').glob('*/yardsticks/*.ipynb')):
+        found = read_family(folder/f'yardsticks_{path.stem}.json')
+        page, name = path.relative_to(p.root/'nbs').as_posix(), path.stem.replace('_', ' ')
+        rows += _answers(f'[{name}]({page})', found or {})
+        drawn += _drawn(p, name, page, 'Side-by-side') if found else []
     heads = ('compared', 'on', 'seeds', *(c.name for c in CONCERNS))
-    return '\n\n'.join([*none, *[_table(*heads, rows=rows)]*bool(rows)])
+    curves = f'The same as curves, gain against forgetting: {", ".join(drawn)}.'
+    return '\n\n'.join([*none, *[_table(*heads, rows=rows)]*bool(rows), *[curves]*bool(drawn)])
+
+
+def _drawn(p: Project, name: str, page: str, heading: str) -> list[str]:
+    "A link to the frontiers of a page, if it draws them"
+    draws = any(c['cell_type'] == 'code' and 'frontiers(' in source(c) for c in p.page(page)['cells'])
+    return [f'[{name}]({page}#{heading})']*draws
 
 
 def _answers(link: str, result: dict) -> list[tuple]:

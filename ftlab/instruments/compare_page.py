@@ -91,13 +91,20 @@ def table_text(result:dict) -> str:
     return text_table((), zip(head, *rows))
 
 # %% ../../nbs/instruments/compare_page.ipynb #0028c6d6
-def picture(result:dict) -> Figure:
+def picture(result:dict,
+            styles:dict|None=None, # method -> (colour, marker); a method without is thin and grey. None: all have one
+            size:tuple=(6.4, 4.2)  # inches
+           ) -> Figure:
     "Draw the frontiers of all methods and their two operating points"
-    fig = Figure(figsize=(6.4, 4.2), layout='constrained')
+    fig = Figure(figsize=size, layout='constrained')
     FigureCanvasAgg(fig)
     ax = fig.add_subplot()
-    styles = method_styles(m['name'] for m in result['methods'])
+    if styles is None:
+        styles = method_styles(m['name'] for m in result['methods'])
     for m in result['methods']:
+        if m['name'] not in styles:
+            _thin(ax, m['frontier'])
+            continue
         color, mark = styles[m['name']]
         ax.plot([c['gain'] for c in m['frontier']], [c['forgetting'] for c in m['frontier']],
                 color=color, lw=1.5, alpha=.8)
@@ -116,8 +123,15 @@ def picture(result:dict) -> Figure:
     ax.invert_yaxis()
     ax.axhline(0, color='.8', lw=.8, zorder=0)
     ax.text(.99, .98, 'better ↗', transform=ax.transAxes, ha='right', va='top', color='.4')
-    _label(ax, result['methods'], styles)
+    _label(ax, [m for m in result['methods'] if m['name'] in styles], styles)
     return fig
+
+def _thin(ax, corners:list[dict]) -> None:
+    "Draw a frontier without a name, and a dot at its end"
+    if corners:
+        gain, lost = ([c[k] for c in corners] for k in ('gain', 'forgetting'))
+        ax.plot(gain, lost, color='.7', lw=.8, zorder=1)
+        ax.plot(gain[-1:], lost[-1:], '.', color='.6', ms=4, zorder=1)
 
 def _point(ax, gain, lost, mark, color, fill) -> None:
     "Draw one operating point with its intervals"

@@ -5,18 +5,21 @@
 # %% ../../nbs/instruments/families.ipynb #fam00004
 from __future__ import annotations
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 import pandas as pd
+from matplotlib import rc_context
 from ..core.table import markdown_table
-from .frontier import AT_LEAST
+from .frontier import AT_LEAST, best_gain, least_forgetting
+from .views import STYLE, Picture, drawn, method_styles
 
 # %% auto #0
-__all__ = ['CONCERNS', 'FAMILIES', 'Concern', 'values_of', 'learned', 'answer', 'answer_words', 'entries_of', 'seeds_of',
-           'points', 'setting_rows', 'off_target', 'setting_table', 'read_family', 'no_result', 'family_words',
-           'family_shown']
+__all__ = ['CONCERNS', 'FAMILIES', 'BESIDE', 'COLOURED', 'Concern', 'values_of', 'learned', 'answer', 'answer_words',
+           'entries_of', 'seeds_of', 'points', 'setting_rows', 'off_target', 'setting_table', 'read_family',
+           'no_result', 'family_words', 'family_shown', 'outermost', 'coloured', 'frontiers']
 
 # %% ../../nbs/instruments/families.ipynb #fam00006
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def entries_of(result:Mapping) -> dict[str, Mapping]:
     rows = result.get('methods')
     if not isinstance(rows, Mapping) or not all('gain' in m for m in rows.values()):
         return {}
-    return {result['task']: dict(methods=rows)}
+    return {result['task']: result}
 
 def seeds_of(methods:Mapping[str, Mapping]) -> int:
     "Return how many test seeds stand behind a setting"
@@ -187,3 +190,73 @@ def family_shown(family:str,     # such as 'subsets'
     "Return a family's comparison for display"
     from IPython.display import Markdown # tools read this module where there is no notebook
     return Markdown(family_words(family, read_family(file)))
+
+# %% ../../nbs/instruments/families.ipynb #fam00022
+BESIDE = ('full', 'lora') # what every method is compared with
+COLOURED = 7              # methods in a panel that can have a colour each
+
+def outermost(methods:Mapping[str, Mapping], # name -> row with a frontier
+              most:int=3
+             ) -> list[str]:
+    """Return the methods other than `BESIDE` that are most often among the `most` that forget least,
+    over the gains from half of the largest one on"""
+    curves = {n: m['frontier'] for n, m in methods.items()}
+    high, among, steps = max(map(best_gain, curves.values()), default=0.), Counter(), 50
+    for i in range(steps if high else 0):
+        gain = high*(AT_LEAST + (1 - AT_LEAST)*i/(steps - 1))
+        lost = {n: least_forgetting(c, gain) for n, c in curves.items() if n not in BESIDE}
+        reach = sorted((v, n) for n, v in lost.items() if v is not None)
+        among.update(n for _, n in reach[:most])
+    return [n for n, _ in among.most_common(most)]
+
+def coloured(methods:Mapping[str, Mapping]) -> list[str]:
+    "Return the methods that have a colour in a panel"
+    if len(methods) <= COLOURED:
+        return list(methods)
+    return [n for n in BESIDE if n in methods] + outermost(methods)
+
+def _compared(name, entry) -> dict:
+    "Return a setting as `compare_page.picture` takes a comparison; it draws no intervals"
+    def mean(values):
+        known = values and None not in values
+        return dict(mean=fmean(values) if known else None, low=None, high=None)
+    keys = ('gain', 'forgetting', 'gain_matched', 'forgetting_matched')
+    methods = [dict(name=n, frontier=m['frontier'], **{k: mean(m.get(k)) for k in keys},
+                    seeds=[dict(gain=g, forgetting=f) for g, f in zip(m['gain'], m['forgetting'])])
+               for n, m in entry['methods'].items()]
+    return dict(data=name, target=entry['target'], methods=methods,
+                protocol={k: entry[k] for k in ('metric', 'forgetting')})
+
+def frontiers(file:str|Path, # a result file
+              *settings:str  # their names; none: all
+             ) -> Picture:
+    "Draw the frontiers of settings. Raises `KeyError` for a setting that the file does not have"
+    from ftlab.instruments.compare_page import picture # which imports this module
+    entries = entries_of(read_family(file))
+    entries = {n: _without_arguments(entries[n]) for n in settings or entries}
+    names = {n: coloured(e['methods']) for n, e in entries.items()}
+    styles = method_styles(m for of in names.values() for m in of) # the same in all panels
+    alone, parts = len(entries) == 1, []
+    with rc_context(STYLE):
+        for n, e in entries.items():
+            fig = picture(_compared(n, e), {m: styles[m] for m in names[n]},
+                          (6.4, 4.2) if alone else (4.6, 3.7))
+            if not alone: # axes of one size, with room for names beside them
+                fig.axes[0].set_position((.12, .13, .67, .85))
+            parts += drawn(fig, _panel_words(n, e, names[n]))
+    return Picture(parts, 1 if alone else 2)
+
+def _without_arguments(entry) -> dict:
+    "Return a setting whose methods are named without arguments, which the table has"
+    return entry | dict(methods={n.partition('(')[0]: m for n, m in entry['methods'].items()})
+
+def _panel_words(name, entry, names) -> str:
+    "Say what a panel shows, in the units of its axes"
+    rows = entry['methods']
+    mean = lambda values: 'unknown' if None in values else f'{fmean(values):.2f}'
+    each = [f'{n} gains {mean(rows[n]["gain"])}, loses {mean(rows[n]["forgetting"])}'
+            for n in names]
+    grey = len(rows) - len(names)
+    rest = f'; {grey} others are thin and grey' if grey else ''
+    return f'Frontiers on {name}, gain to the right, forgetting downwards. {"; ".join(each)}{rest}.'
+

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 import ftlab
 from ..core.io import write_atomically
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, _options
 from ..core.record import digest, versions
 from .bench import Bench
 from .verdicts import imports, is_paper
@@ -81,6 +81,16 @@ def name_of_metric(metric) -> str:
     "Return the name of a metric; a function may be the metric"
     return metric if isinstance(metric, str) else getattr(metric, '__name__', 'a function')
 
+def _recipe_key(recipe) -> dict:
+    """Return what a recipe says of itself, without its name, and the options that no recorded argument says:
+    `pissa` and `olora` have the same arguments and differ in one"""
+    said = {k: v for k, v in recipe.describe().items() if k != 'name'}
+    nested = (a for a in recipe.arguments.values() if isinstance(a, dict)) # of a product's parts
+    names = set(recipe.arguments).union(*nested)
+    unsaid = {at: found for at, of in _options(recipe).items()
+              if (found := {k: v for k, v in of.items() if k not in names})}
+    return said | dict(unsaid=unsaid) if recipe.arguments and unsaid else said
+
 def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, steps:int,
             doses:tuple=()) -> dict:
     """Return everything that determines an outcome. Of the data those are the rows for training and validation,
@@ -92,7 +102,7 @@ def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, st
     usual = inspect.signature(fit).parameters
     settings = {k: v for k, v in bench.settings.items() if v != usual[k].default}
     return dict(base=bench.base.fingerprint(seed), data=data.fingerprint,
-                old=old, how=bench.how, recipe={k: v for k, v in recipe.describe().items() if k != 'name'},
+                old=old, how=bench.how, recipe=_recipe_key(recipe),
                 schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric,
                 steps=steps,
                 evaluations=bench.every or bench.evaluations, items=bench.sizes[split],
