@@ -7,6 +7,7 @@ Hours come from git's history. They contain waiting, and leave out what was done
 were moved, and clones without history, have none."""
 import argparse
 import json
+import re
 import subprocess
 import sys
 from datetime import date, datetime
@@ -26,10 +27,12 @@ WHAT = dict(module_lines='module, lines', test_lines='test, lines', claim_lines=
 
 
 def first_commit(path: Path) -> datetime | None:
-    "When a file was first committed under this name"
-    said = subprocess.run(['git', 'log', '--diff-filter=A', '--format=%aI', '--', path],
-                          cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    return datetime.fromisoformat(said[-1]) if said else None
+    "When a file was first committed; `None` if it was so under another name, or git does not know"
+    log = lambda *options: subprocess.run(['git', 'log', *options, '--', path], cwd=ROOT, text=True,
+                                          capture_output=True, check=False).stdout
+    said = log('--diff-filter=A', '--format=%aI').split()
+    moved = re.search(r'^R\d', log('--follow', '--name-status', '--format='), re.M)
+    return datetime.fromisoformat(said[-1]) if said and not moved else None
 
 
 def lines(*paths: Path) -> int | None:
@@ -56,7 +59,7 @@ def cost(key: str, page: Path, module: Path) -> dict:
                 test_lines=lines(ROOT/'tests'/'papers'/f'test_{key}.py'),
                 claim_lines=lines(folder/'claim.toml', folder/'claim.py'), cells=len(cells),
                 text_words=sum(len(t.split()) for t in text), claim_minutes=minutes(folder),
-                hours=round(hours, 1) if hours > 0 else None) # a page that was moved is younger than its result
+                hours=round(hours, 1) if hours > 0 else None)
 
 
 def table(papers: dict) -> list[list]:
@@ -74,11 +77,11 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     here = Sources(ROOT, [p.relative_to(ROOT).as_posix() for d in ('nbs', 'ftlab', 'tests', 'claims')
                           for p in (ROOT/d).rglob('*') if p.is_file()])
-    papers = {k: cost(k, ROOT/'nbs'/page, ROOT/here.by_key[plain(k)])
-              for k, page in sorted(here.papers.items())}
     rows = catalogue()
+    papers = {k: cost(k, ROOT/'nbs'/page, ROOT/here.by_key[plain(k)])
+              for k, page in sorted(here.papers.items()) if k in rows} # a yardstick is no paper
     for k, c in papers.items():
-        c['family'] = rows[k]['family'] if k in rows else ''
+        c['family'] = rows[k]['family']
     result = dict(date=date.today().isoformat(), papers=papers)
     text = json.dumps(result, indent=1) + '\n'
     file = Path(__file__).parent/'results'/'cost.json'

@@ -1,7 +1,7 @@
 """A family of papers on its frontier: every method that can be asked the same, tuned alike, on the same data.
 
     python bench/families.py subsets            # all parts: skills, budgets, minilm
-    python bench/families.py subsets skills     # 1% of the parameters, on three lab skills
+    python bench/families.py subsets skills     # 1% of the parameters, on four lab skills
     python bench/families.py losses             # all parts: clean, noisy, mixed
 
 Parameters: `full`, `lora` of the rank nearest the budget, and every paper of the family whose method takes

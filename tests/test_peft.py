@@ -222,7 +222,9 @@ def copy_all(d, layer):
     for ours, base in zip((d.A, d.B), bases_of(layer, d)):
         ours.copy_(base)
 
-@pytest.mark.peer('randlora', 'peft', 'the random bases', tolerance=dict(atol=1e-6, rtol=1e-6))
+@pytest.mark.peer('randlora', 'peft',
+                  'the random bases, where peft is made to draw in full precision',
+                  tolerance=dict(atol=1e-6, rtol=1e-6))
 @pytest.mark.parametrize('sparse', [False, True])
 @pytest.mark.parametrize('r', [3, 8])
 def test_randlora_draws_the_bases_that_peft_draws_in_full_precision(r, sparse, monkeypatch,
@@ -340,7 +342,7 @@ STARTS = dict(plain=True, gaussian='gaussian', orthogonal='orthogonal', pissa='p
               pissa_niter_4='pissa_niter_4', olora='olora', mica='mica')
 
 @pytest.mark.peer('from_peft', 'peft',
-                  'outputs of LoRA that peft saved, for seven ways to start it',
+                  'outputs of LoRA that peft saved: four starts, and PiSSA and OLoRA on the base peft changed',
                   tolerance=dict(atol=1e-5, rtol=1e-5))
 @pytest.mark.parametrize('start', STARTS)
 def test_a_start_that_changes_the_base_is_refused_and_every_other_is_read_right(start, tmp_path,

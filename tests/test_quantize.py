@@ -36,7 +36,8 @@ def trained(model, recipe='lora', **more):
                      progress=False, **more)
 
 # ---- the tensor
-@pytest.mark.peer('FourBit', 'bitsandbytes', 'a matrix in nf4, made whole again', tolerance=0)
+@pytest.mark.peer('FourBit', 'bitsandbytes',
+                  'a matrix in nf4, made whole again (both by its functions)', tolerance=0)
 def test_values_and_copies(tolerance):
     W = torch.randn(48, 70, generator=torch.Generator().manual_seed(0))
     codes, state = bits.quantize_4bit(W, blocksize=64, quant_type='nf4')

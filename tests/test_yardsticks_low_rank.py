@@ -146,7 +146,7 @@ def test_lora_plus(peft, ratio, tolerance):
     alike(run, start, theirs, pairs, tolerance, lr, opt)
 
 @pytest.mark.peer('lora_plus, dora', 'peft',
-                  'the same with weight decay and a schedule', tolerance=1e-6)
+                  'parameters and outputs after three steps, with decay and a schedule', tolerance=1e-6)
 @pytest.mark.parametrize('dora', [False, True])
 def test_lora_plus_with_decay_and_a_schedule(peft, dora, tolerance):
     "Of DoRA, the lengths are fast too, because peft and the authors' code count vectors with B"
@@ -207,7 +207,8 @@ def test_vera(peft, tolerance):
     alike(run, start, theirs, pairs, tolerance)
 
 @pytest.mark.peer('oft', 'peft',
-                  'outputs at the start; parameters and outputs after three steps', tolerance=1e-5)
+                  'outputs at the start; parameters and outputs after three steps, with the exact rotation '
+                  '(the default of peft is a series)', tolerance=1e-5)
 def test_oft(peft, tolerance):
     run, start = ours(methods.oft(block=16))
     theirs = peft.get_peft_model(toy(), peft.OFTConfig(

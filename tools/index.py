@@ -302,7 +302,7 @@ def measured(p: Project) -> str:
         rows += _answers(f'[{name}]({page})', found or {})
         drawn += _drawn(p, name, page, 'Side-by-side') if found else []
     heads = ('compared', 'on', 'seeds', *(c.name for c in CONCERNS))
-    curves = f'The same as curves, gain against forgetting: {", ".join(drawn)}.'
+    curves = f'Drawn as curves, gain against forgetting, so far: {", ".join(drawn)}.'
     return '\n\n'.join([*none, *[_table(*heads, rows=rows)]*bool(rows), *[curves]*bool(drawn)])
 
 
@@ -326,7 +326,7 @@ def peers(p: Project, page: str, only: str = '') -> str:
         ours = ', '.join(f'`{name}`' if to == page else f'[`{name}`]({link(to)})'
                          for name, to in e['ours'])
         if only in ('', e['file']):
-            rows.append((ours, f'{e["peer"]} {e["version"]}', e['compared'], e['tolerance'],
+            rows.append((ours, f'{e["peer"]} {e["version"] or "(any)"}', e['compared'], e['tolerance'],
                          f'`{e["file"].removeprefix("tests/")}::{e["test"]}`'))
     heads = ('ours', 'package', 'what is compared', 'largest difference allowed', 'test')
     return _table(*heads, rows=rows)

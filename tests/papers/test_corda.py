@@ -72,7 +72,7 @@ def of_peft(peft, model, batch, mode, r, alpha, names):
 
 
 @pytest.mark.peer('corda', 'peft',
-                  'the start, beside the largest entry',
+                  'the start: covariances beside their largest entry, the product beside that of the weight',
                   tolerance=dict(covariances=dict(rtol=1e-5), product=dict(rtol=1e-3)))
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'qwen2', 'opt'])
