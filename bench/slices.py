@@ -10,7 +10,8 @@ model, and with it. `fit` begins the mark anew before its first step, so what a 
 it. SMT is measured with random blocks, and again with its own; so are full fine-tuning and subsets of another form, of
 which those that read rows read two. Memory hangs little on what else
 the machine does, so `python bench/slices.py memory` measures it alone and keeps the times of the file;
-`python bench/slices.py memory full loki` keeps the other peaks as well."""
+`python bench/slices.py memory full loki` keeps the other peaks as well, if they are of the same processor and torch:
+each peak says of which."""
 import json, os, statistics, subprocess, sys, time
 from pathlib import Path
 from native import THREADS, machine, peak, save
@@ -18,6 +19,7 @@ import native_training
 from native_training import by_ftlab, load, matrices
 
 BUDGET, ROWS, TOKENS, ROUNDS = .05, 2, 64, 3
+FILE = Path(__file__).parent/'results'/'slices.json'
 ARMS = ('shira', 's2ft', 's2ft down', 'slicefine', 'smt', 'lora')
 OTHERS = ('smt with selection', 'full', 'neuroada', 'sara', 'spt', 'goodvibe', 'loki')
 
@@ -107,22 +109,28 @@ def run(arm):
 
 def main(memory=False, *arms):
     "Measure; what was measured is saved at once, so that a run that was cut off is not lost"
-    path = Path(__file__).parent/'results'/'slices.json'
     if memory:
-        result = json.loads(path.read_text())
+        result = json.loads(FILE.read_text())
     else:
         found = run('time')
         result = dict(budget=BUDGET, **machine(found.pop('torch')), time_threads=1,
                       targets=dict(time='at most 0.7 of SHiRA', peak='at most 0.8 of SHiRA'),
                       **found)
-        save(path, result)
-    bytes_ = result.get('peak_bytes', {}) if arms else {}
+        save(FILE, result)
+    kept = result.get('peak_bytes', {}) if arms else {}
+    if arms and 'shira' not in kept:
+        arms = dict.fromkeys(('shira', *arms)) # the ratios are to it
     for arm in arms or (*ARMS, *OTHERS):
-        bytes_[arm] = run(arm)
-        on = machine(bytes_[arm].pop('torch'))
-        ratios = {k: {a: round(b[k]/bytes_['shira'][k], 2) for a, b in bytes_.items()}
+        kept[arm] = run(arm)
+        kept[arm] |= machine(kept[arm]['torch'])
+        if other := [a for a, b in kept.items() if not same_machine(b, kept[arm])]:
+            sys.exit(f'{", ".join(other)}: of another processor or torch; measure them too')
+        ratios = {k: {a: round(b[k]/kept['shira'][k], 2) for a, b in kept.items()}
                   for k in ('above_model', 'with_model')}
-        save(path, result | dict(peak_machine=on, peak_bytes=bytes_, peak_ratio=ratios))
+        save(FILE, result | dict(peak_bytes=kept, peak_ratio=ratios))
+
+def same_machine(one, two):
+    return all(one.get(k) == two.get(k) for k in ('cpu', 'torch'))
 
 if __name__ == '__main__':
     child(sys.argv[1]) if sys.argv[1:2] not in ([], ['memory']) else main(*sys.argv[1:])

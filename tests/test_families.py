@@ -1,5 +1,6 @@
 "A family's comparison: who takes part, what is left out and why, and what its file says"
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from ftlab.core.io import Busy
 from ftlab.instruments.bench import Bench
 from ftlab.instruments.families import (CONCERNS, FAMILIES, answer, answer_words, coloured,
                                         entries_of, family_words, frontiers, outermost,
-                                        read_family, setting_rows)
+                                        panel_styles, read_family, setting_rows)
+from ftlab.instruments.views import COLORS, method_styles
 from ftlab.papers import catalogue
 from pages import ROOT
 from toys import TOK, lab_data, toy
@@ -307,6 +309,49 @@ def test_frontiers_are_drawn_of_the_settings_that_are_asked_for_and_of_new_ones(
     assert len(frontiers(file).parts) == 3
     with pytest.raises(KeyError, match='four'):
         frontiers(file, 'four')
+
+
+def drawn_on_pages() -> list[dict[str, list[str]]]:
+    "The coloured methods of each panel, for each file and all settings in one call, and for the pages' calls"
+    files = sorted((ROOT/'bench'/'results').glob('*.json'))
+    found = {f.stem: {n: coloured(e['methods']) for n, e in entries_of(read_family(f)).items()
+                      if all('frontier' in m for m in e['methods'].values())}
+             for f in files if f.stem.startswith(('family_', 'yardsticks_'))}
+    few = [n for n in found['family_subsets'] if n.startswith('new-') and n.endswith(' 1%')]
+    return [*filter(None, found.values()), {n: found['family_subsets'][n] for n in few}]
+
+
+def test_no_panel_has_a_colour_twice_and_a_method_looks_the_same_in_all():
+    for panels in drawn_on_pages():
+        styles, seen = panel_styles(panels), {}
+        for n, of in panels.items():
+            assert list(styles[n]) == of and len({c for c, _ in styles[n].values()}) == len(of)
+            assert all(seen.setdefault(m, s) == s for m, s in styles[n].items())
+        assert len(set(seen.values())) == len(seen)
+        if len({c for c, _ in method_styles(seen).values()}) == len(seen): # all fit as they are
+            assert seen == method_styles(seen)
+    for svg, _ in frontiers(ROOT/'bench'/'results'/'family_losses.json', 'clean', 'noisy', 'mixed').parts[:2]:
+        assert all(f'stroke: {c.lower()}' in svg for c in COLORS), 'seven methods, seven colours'
+
+
+def test_panels_that_have_no_colours_in_common_have_their_own():
+    few = [f'm{i}' for i in range(8)] # any two share a panel, so they would need eight colours
+    panels = {f'{a} {b}': [a, b, 'full'] for a in few for b in few if a < b}
+    styles = panel_styles(panels)
+    assert all(len({c for c, _ in styles[n].values()}) == 3 for n in panels)
+    assert all(styles[n] == method_styles(of) for n, of in panels.items())
+
+
+def test_names_lose_their_arguments_where_they_stay_different(tmp_path):
+    file = tmp_path/'yardsticks_x.json'
+
+    def names(*of):
+        rows = {n: curve((0, 0), (.8, .1*i)) for i, n in enumerate(of)}
+        file.write_text(json.dumps(dict(entry(**rows), task='x', metric='exact', target=.5)))
+        return re.findall(r'([^.;]+) gains', frontiers(file).alt.partition('downwards')[2])
+    assert names('lora(r=2)', 'bitfit(norms=True)') == [' lora', ' bitfit']
+    assert names('lora(r=2)', 'lora(r=16)') == [' lora(r=2)', ' lora(r=16)']
+    assert names('lora(r=2) * dft', 'lora(r=2)') == [' lora * dft', ' lora']
 
 
 def test_yardsticks_keep_their_frontiers_and_what_was_tried(monkeypatch):

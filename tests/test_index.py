@@ -225,13 +225,22 @@ def test_an_equality_is_read_from_its_mark(checkout):
     ("'dora'", "'adora'", "'adora' is nothing that ftlab exports"),
     ("'dora'", "'attributions'", 'write module.name'),
     ("tolerance['loss']", "1e-6", 'must compare by the fixture'),
-    ('test_x(tolerance)', 'test_x()', 'must compare by the fixture')])
+    ('test_x(tolerance)', 'test_x()', 'must compare by the fixture'),
+    (", 'outputs'", '', 'test_x: the mark needs ours, the package'),
+    ('tolerance=dict(', 'within=dict(', 'test_x: the mark needs ours, the package'),
+    ("('dora', 'peft', 'outputs', tolerance=dict(loss=1e-6, gradient=dict(rtol=2e-5)))", '',
+     'test_x: the mark needs ours, the package'),
+    ('def test_x', "@pytest.mark.peer('lora', 'peft', 'outputs', tolerance=1e-3)\ndef test_x", 'has 2 marks'),
+    ('import pytest', "import pytest\npytestmark = pytest.mark.peer('dora', 'peft', 'all', tolerance=0)",
+     'must be a decorator'),
+    ("def test_x", "def test_x(): pass\nclass T:\n  @pytest.mark.peer('dora', 'peft', 'it', tolerance=0)\n  def test_y",
+     'must be a decorator')])
 def test_a_mark_that_says_what_is_not_so_is_an_error(checkout, old, new, says):
     with pytest.raises(ValueError, match=says):
         checkout(GOOD.replace(old, new))
 
 # files whose tests read what a peer writes, or refuse it, and compare no values with it
-NONE_COMPARED = {'test_anatomy.py', 'test_checkpoints.py', 'test_elsewhere.py',
+NONE_COMPARED = {'test_anatomy.py', 'test_checkpoints.py', 'test_elsewhere.py', 'test_gpu.py',
                  'test_foreign.py', 'test_gguf_folder.py', 'test_loading.py', 'test_real.py',
                  'test_serving.py', 'test_train_options.py'}
 

@@ -189,9 +189,9 @@ def test_shared_keys_and_rotary_positions_by_hand():
 
 def lens_of(model):
     "A TransformerLens model around a copy of this one"
-    builder = pytest.importorskip('transformer_lens.model_bridge.sources._bridge_builder',
-                                  exc_type=ImportError, reason='transformer_lens is in the bench extra')
-    return builder.build_bridge_from_module(
+    pytest.importorskip('transformer_lens', reason='transformer_lens is in the bench extra')
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    return build_bridge_from_module(
         copy.deepcopy(model), LENS[model.config.model_type], hf_config=model.config,
                  dtype=torch.float32, device='cpu').eval()
 

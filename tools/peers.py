@@ -8,7 +8,7 @@ and reads what it allows from the fixture `tolerance`, so the list cannot say an
 `settings.ini`, so that CI installs it."""
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
@@ -69,21 +69,34 @@ def allowed(tolerance) -> str:
 
 def equalities(root: Path) -> list[dict]:
     """Return a dict for each marked test: ours [(name, page)], peer, version, compared, tolerance, file, test.
-    Raises `ValueError` for a package that is not in settings.ini, an unknown name of ours, and a test that does
-    not use the fixture `tolerance`"""
+    Raises `ValueError` for a package that is not in settings.ini, an unknown name of ours, a test that does not
+    use the fixture `tolerance` or has two marks, and a mark that is not on a function of the file"""
     out = []
     for file in sorted((root/'tests').rglob('test_*.py')):
-        text = file.read_text(encoding='utf-8')
-        for f in ast.parse(text).body if MARK in text else ():
-            for d in getattr(f, 'decorator_list', ()):
-                if isinstance(d, ast.Call) and ast.unparse(d.func) == MARK:
-                    out.append(_row(root, file.relative_to(root).as_posix(), f, d))
+        text, name = file.read_text(encoding='utf-8'), file.relative_to(root).as_posix()
+        tree = ast.parse(text if MARK in text else '')
+        found = [(f, d) for f in tree.body if isinstance(f, ast.FunctionDef)
+                 for d in f.decorator_list if is_mark(getattr(d, 'func', d))]
+        if len(found) != sum(map(is_mark, ast.walk(tree))):
+            raise ValueError(f'{name}: each mark must be a decorator of a function of the file, to be listed')
+        for f, n in Counter(f.name for f, _ in found).items():
+            if n > 1:
+                raise ValueError(f'{name}::{f} has {n} marks, and compares by the tolerance of one')
+        out += [_row(root, name, f, d) for f, d in found]
     return sorted(out, key=lambda r: (r['peer'].lower(), r['ours'][0][1], r['file']))
+
+
+def is_mark(node) -> bool:
+    return isinstance(node, ast.Attribute) and ast.unparse(node) == MARK
 
 
 def _row(root, file, function, mark) -> dict:
     where = f'{file}::{function.name}'
-    ours, peer, compared = map(ast.literal_eval, mark.args)
+    try:
+        ours, peer, compared = map(ast.literal_eval, mark.args)
+        within, = (value(k.value) for k in mark.keywords if k.arg == 'tolerance')
+    except (AttributeError, ValueError) as e:
+        raise ValueError(f'{where}: the mark needs ours, the package, what is compared, and tolerance=') from e
     if peer not in versions(root):
         raise ValueError(f'{where}: {peer} is not in settings.ini, so CI would skip this test')
     used = {n.id for n in ast.walk(ast.Module(function.body, [])) if isinstance(n, ast.Name)}
@@ -93,6 +106,5 @@ def _row(root, file, function, mark) -> dict:
         ours = [exported(n) for n in ours.split(', ')]
     except ValueError as e:
         raise ValueError(f'{where}: {e}') from e
-    within, = (value(k.value) for k in mark.keywords if k.arg == 'tolerance')
     return dict(ours=ours, peer=peer, version=versions(root)[peer], compared=compared,
                 tolerance=allowed(within), file=file, test=function.name)

@@ -5,6 +5,7 @@
 # %% ../../nbs/instruments/families.ipynb #fam00004
 from __future__ import annotations
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ import pandas as pd
 from matplotlib import rc_context
 from ..core.table import markdown_table
 from .frontier import AT_LEAST, best_gain, least_forgetting
-from .views import STYLE, Picture, drawn, method_styles
+from .views import (COLORS, FIXED, MARKS, STYLE, Picture, drawn,
+                                     method_styles)
 
 # %% auto #0
 __all__ = ['CONCERNS', 'FAMILIES', 'BESIDE', 'COLOURED', 'Concern', 'values_of', 'learned', 'answer', 'answer_words',
            'entries_of', 'seeds_of', 'points', 'setting_rows', 'off_target', 'setting_table', 'read_family',
-           'no_result', 'family_words', 'family_shown', 'outermost', 'coloured', 'frontiers']
+           'no_result', 'family_words', 'family_shown', 'outermost', 'coloured', 'panel_styles', 'frontiers']
 
 # %% ../../nbs/instruments/families.ipynb #fam00006
 @dataclass(frozen=True)
@@ -215,6 +217,22 @@ def coloured(methods:Mapping[str, Mapping]) -> list[str]:
         return list(methods)
     return [n for n in BESIDE if n in methods] + outermost(methods)
 
+def panel_styles(panels:Mapping[str, list[str]] # title -> at most seven methods
+                ) -> dict[str, dict[str, tuple[str, str]]]: # title -> method -> (colour, marker)
+    """Return the styles of `method_styles`, changed so that no panel has a colour twice. A method looks
+    the same in all panels; if no such colours are found, each panel has its own"""
+    shown = Counter(m for of in panels.values() for m in of)
+    styles, given = method_styles(shown), {}
+    for m in sorted(shown, key=lambda m: (m not in FIXED, -shown[m])):
+        taken = {given[o][0] for of in panels.values() if m in of for o in of if o in given}
+        color, mark = styles[m]
+        free = ((c, k) for c in (color, *COLORS) if c not in taken
+                for k in (mark, *MARKS) if (c, k) not in given.values())
+        given[m] = next(free, None)
+        if not given[m]:
+            return {n: method_styles(of) for n, of in panels.items()}
+    return {n: {m: given[m] for m in of} for n, of in panels.items()}
+
 def _compared(name, entry) -> dict:
     "Return a setting as `compare_page.picture` takes a comparison; it draws no intervals"
     def mean(values):
@@ -235,11 +253,11 @@ def frontiers(file:str|Path, # a result file
     entries = entries_of(read_family(file))
     entries = {n: _without_arguments(entries[n]) for n in settings or entries}
     names = {n: coloured(e['methods']) for n, e in entries.items()}
-    styles = method_styles(m for of in names.values() for m in of) # the same in all panels
+    styles = panel_styles(names)
     alone, parts = len(entries) == 1, []
     with rc_context(STYLE):
         for n, e in entries.items():
-            fig = picture(_compared(n, e), {m: styles[m] for m in names[n]},
+            fig = picture(_compared(n, e), styles[n],
                           (6.4, 4.2) if alone else (4.6, 3.7))
             if not alone: # axes of one size, with room for names beside them
                 fig.axes[0].set_position((.12, .13, .67, .85))
@@ -247,8 +265,11 @@ def frontiers(file:str|Path, # a result file
     return Picture(parts, 1 if alone else 2)
 
 def _without_arguments(entry) -> dict:
-    "Return a setting whose methods are named without arguments, which the table has"
-    return entry | dict(methods={n.partition('(')[0]: m for n, m in entry['methods'].items()})
+    "Return a setting whose methods are named without arguments, where these names differ"
+    short = {n: re.sub(r'\([^()]*\)', '', n) for n in entry['methods']}
+    named = Counter(short.values())
+    return entry | dict(methods={short[n] if named[short[n]] == 1 else n: m
+                                 for n, m in entry['methods'].items()})
 
 def _panel_words(name, entry, names) -> str:
     "Say what a panel shows, in the units of its axes"
