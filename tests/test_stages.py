@@ -1,7 +1,10 @@
 "Stages that are functions, learners beside the policy, and batches that only an objective can price"
 import types
+from dataclasses import dataclass, replace
+from functools import partial
 import pytest, torch
 from torch import nn
+from ftlab import methods
 from ftlab.adapters.delta import Offset
 from ftlab.adapters.store import load_delta
 from ftlab.adapters.modules.lora import lora
@@ -9,13 +12,14 @@ from ftlab.adapters.select import parts
 from ftlab.adapters.subsets.hft import hft
 from ftlab.core.data import Data
 from ftlab.core.paper import Method
-from ftlab.core.recipe import CannotCompose, Learner, Loop, Recipe, Share, Stages, needing
+from ftlab.core.recipe import CannotCompose, Learner, Loop, Recipe, Share, Stages, needing, viewed
 from ftlab.trainers.objective import nll
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.dft import dft
+from ftlab.trainers.rl.spin import spin
 from ftlab.trainers.run import load_learners
 from ftlab.trainers.step import NotFinite
-from test_fit import At, stop, tune
+from test_fit import At, First, stop, tune
 from toys import TOK, lab_data, logits, probe, same, toy, weights
 
 # ---------- stages that are functions
@@ -413,6 +417,9 @@ def test_rates_are_the_stage_s_unless_a_delta_or_a_step_comes():
         log = tune(product, steps=3, schedule='constant').log
         assert tuple(r['lr'] for r in log) == lrs
     assert (whole*dft()).lrs == (dft()*whole).lrs == (5e-5,) and (whole*lora()).lrs == lora().lrs
+    told = replace(whole, loop=Stages(Recipe(Method('told', arguments=dict(k=1))), dft()))
+    for r in (told, told*hft()): # arguments are no rates, and a paper's method has its own
+        assert [x['lr'] for x in tune(r, steps=2, schedule='constant').log] == [5e-5, dft().lr]
 
 def test_an_edit_is_of_the_whole_change_and_decoding_of_the_whole_run():
     def halved(changes, model):
@@ -446,6 +453,118 @@ def test_a_clash_names_the_stage():
 def test_a_clash_asks_for_one_that_does_both(noun, said):
     with pytest.raises(CannotCompose, match=f'or write {said} that does both'):
         Recipe('a', **{noun: print})*Recipe('b', **{noun: len})
+
+def scaled(state, k):
+    return k*nll()(state)
+
+def one_scaled(k):
+    return staged(Recipe('a', objective=partial(scaled, k=k)), Recipe('b'))
+
+def one_told(k):
+    return staged(Recipe(Method('a', arguments=dict(k=k))), Recipe('b'))
+
+@dataclass(frozen=True)
+class make:
+    k:float
+    def __call__(self, context):
+        return Recipe('b', objective=partial(scaled, k=self.k))
+
+def one_of_a_class(k):
+    return staged(Recipe('a'), Share(make(k), 2.))
+
+def one_made(k):
+    return staged(Recipe('a'), lambda ctx: Recipe('b', objective=partial(scaled, k=k)))
+
+@pytest.mark.parametrize('whole', [one_scaled, one_told, one_of_a_class])
+@pytest.mark.parametrize('part', [lora, hft])
+def test_an_option_of_a_stage_is_in_the_record_of_a_product(whole, part):
+    for product in (whole, lambda k: whole(k)*part(), lambda k: part()*whole(k),
+                    lambda k: whole(k)*part()*Recipe('c', edit=print)):
+        assert product(1).describe() == product(1).describe() != product(2).describe()
+
+class Stop:
+    "Stops a run after so many steps of all stages"
+    def __init__(self, steps):
+        self.left = steps
+
+    def after_step(self, s):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+@pytest.mark.parametrize('whole', [one_scaled, one_told, one_made])
+@pytest.mark.parametrize('step', [2, 4, 5]) # in the first stage, and twice in the second
+def test_a_product_is_resumed_where_it_stopped(whole, step, tmp_path):
+    how = dict(steps=6, lr=1e-2, accumulate=2)
+    kept = how | dict(out=tmp_path, save_every=1)
+    uncut = tune(whole(2)*lora(), toy(dropout=.2), **how)
+    part = tune(whole(2)*lora(), toy(dropout=.2), **kept, callbacks=(Stop(step),))
+    assert part.interrupted and len(part.log) == step
+    if step == 5 or whole is not one_made: # what a function makes is known in its stage
+        with pytest.raises(ValueError, match='recipe='):
+            tune(whole(3)*lora(), toy(dropout=.2), **kept, resume=True)
+    begun = []
+    look = First(lambda s: begun.append((s.settings['stage'], s.step)))
+    again = tune(whole(2)*lora(), toy(dropout=.2), **kept, resume=True, callbacks=(look,))
+    assert begun[0] == {2: (0, 1), 4: (1, 0), 5: (1, 1)}[step] # a finished first stage is loaded
+    assert again.log == uncut.log and same(weights(again.model), weights(uncut.model))
+    assert [s['name'] for s in again.settings['stages']] == ['a x lora', 'b x lora']
+
+def test_callbacks_and_learners_of_the_other_run_in_every_stage(tmp_path):
+    seen = []
+    class Note:
+        def after_step(self, s):
+            seen.append((s.settings['stage'], s.step, 'head' in s.models))
+    noted = Recipe('noted', loop=Loop(callbacks=(Note,)))
+    two = staged(Recipe('a'), Share(seen_at_first, 2.))
+    plain, how = weights(tune(two, steps=6).model), dict(steps=6, out=tmp_path, save_every=1)
+    for product in (two*noted*watched(), watched()*noted*two, (noted*watched())*two):
+        seen.clear()
+        run = tune(product, steps=6)
+        assert seen == [(i, n, True) for i, steps in enumerate((2, 4)) for n in range(1, steps + 1)]
+        assert same(weights(run.model), plain) and set(run.models) == {'head'}
+        assert all('head_loss' in r for r in run.log)
+    tune(two*watched(), **how, callbacks=(Stop(4),))
+    again = tune(two*watched(), **how, resume=True)
+    assert again.log == run.log and same(weights(again.model), plain)
+    assert same(again.models['head'].state_dict(), run.models['head'].state_dict())
+
+def labels_from_ids(batch, state):
+    return dict(batch, labels=batch['input_ids'].clone())
+
+def ones(batch, state):
+    return dict(batch, input_ids=torch.ones_like(batch['input_ids']))
+
+def test_a_stage_s_view_runs_first_in_either_order():
+    first, hidden = Recipe('a', source=viewed(labels_from_ids)), Recipe('c', source=viewed(ones))
+    two, seen = staged(first, lambda ctx: first), []
+    look = At(1, lambda s: seen.append(s.batches[0]))
+    tune(two, callbacks=(look,))
+    plain = seen[:]
+    for product in (two*hidden, hidden*two, hidden*two*lora()):
+        assert product.stages[0].views == (labels_from_ids, ones)
+        seen.clear()
+        tune(product, callbacks=(look,))
+        assert len(seen) == len(plain) == 2 and all((b['input_ids'] == 1).all() for b in seen)
+        assert all(torch.equal(a['labels'], b['labels']) for a, b in zip(plain, seen))
+
+def test_a_clash_with_what_a_function_makes_is_found_in_its_stage():
+    with pytest.raises(CannotCompose, match="stage 2 of 2 .*both answer 'step'"):
+        tune(methods.grafting()*methods.mezo())
+    with pytest.raises(CannotCompose, match="stage 1 of 2 .*both answer 'objective'"):
+        tune(spin(rounds=2, max_new_tokens=4)*dft())
+
+@pytest.mark.parametrize('after', [True, False])
+def test_self_play_goes_on_from_the_pairs_below_a_view(after):
+    seen = []
+    def counted(batch, state):
+        seen.append(state.settings['stage'])
+        return batch
+    play, view = spin(rounds=2, max_new_tokens=4), Recipe('v', source=viewed(counted))
+    run = tune(play*view if after else view*play)
+    plain = tune(play)
+    assert set(seen) == {0, 1} and run.log == plain.log
+    assert same(weights(run.model), weights(plain.model)) and run.source.own == plain.source.own
 
 # ---------- batches that only an objective can price
 

@@ -281,6 +281,11 @@ class Viewing:
     def __init__(self, views, source):
         self.views, self.source = views, source
 
+    @property
+    def below(self):
+        "The source itself, below all views"
+        return getattr(self.source, 'below', self.source)
+
     def next(self, state) -> list[dict]:
         "Return this step's micro-batches, on the run's device, after every view"
         batches = [{k: v.to(state.device) for k, v in b.items()} for b in self.source.next(state)]
@@ -389,7 +394,9 @@ class Composed:
             return made # `fit` says what is wrong with it
         both = made*self.recipe if self.behind else self.recipe*made
         lead = self.recipe if self.recipe.delta or self.recipe.step else made
-        return replace(both, meta=replace(lead.meta, name=both.name))
+        meta = replace(lead.meta, name=both.name, arguments=both.arguments, waives=both.waives)
+        # a stage says what is read, so its views run first, whichever factor it is
+        return replace(both, meta=meta, source=_product('source', made.source, self.recipe.source))
 
     def __repr__(self):
         names = title_of(self.stage), self.recipe.name
@@ -451,12 +458,20 @@ def _options(self:Recipe) -> dict:
             continue # a stage describes itself
         elif is_dataclass(x) and (callable(x) or isinstance(x, (Loop, Learner, Stages, Share))):
             inside = {f.name: getattr(x, f.name) for f in fields(x)}
+            if isinstance(x, Stages):
+                found |= _fields_of_makers(at, x)
         elif isinstance(x, Mapping):
             inside = x
         elif isinstance(x, (list, tuple)):
             inside = dict(enumerate(x))
         todo += reversed([(f'{at}.{k}', v) for k, v in inside.items()])
     return found
+
+def _fields_of_makers(at:str, stages:Stages) -> dict:
+    "Return the fields of each stage function that is a dataclass: a record has its name alone"
+    return {f'{at}.{i}': {f.name: _brief(_value(getattr(s, f.name))) for f in fields(s)}
+            for i, s in enumerate(stages.stages)
+            if is_dataclass(s) and not isinstance(s, (Recipe, With, Composed))}
 
 def _value(x):
     "Return an option for a record: another value gives another record where its `repr` or `tolist` does"

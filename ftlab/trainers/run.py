@@ -48,7 +48,7 @@ class Run:
     interrupted:bool=False      # whether it stopped by hand, or at a NaN, before its last step
     folder:Path|None=None       # its output folder, if it has one
     models:dict = field(default_factory=dict) # the recipe's learners, trained, by name
-    source:object|None=None     # where its batches came from, for a later stage
+    source:object|None=None     # where its batches came from, below all views, for a later stage
     holder:object=None          # the temporary folder of a run without `out`; deleted with the run
     notes:list[str] = field(default_factory=list) # what was cut, left out, renamed or replaced
     unknown:dict = field(default_factory=dict) # of a run made elsewhere, what cannot be known, by topic

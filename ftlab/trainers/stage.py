@@ -188,7 +188,7 @@ class _Stage:
         return Run(job.model, job.tok, job.data, self.recipe,
                    Change(self.att, job.base, self.recipe, models), state.log, cost, self.settings,
                    state.path, self.interrupted or self.trouble is not None, models=models,
-                   source=state.source, kept=self._kept())
+                   source=getattr(state.source, 'below', state.source), kept=self._kept())
 
     def _kept(self) -> dict|None:
         "Return which weights the run ends with, and add a note that says so; `None` for the last"

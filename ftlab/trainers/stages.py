@@ -149,10 +149,12 @@ def _shares(steps:int, shares:list[float]) -> list[int]:
     return n
 
 def _rated(stage, whole:Recipe):
-    """Give a stage that declares nothing but its name the learning rates and schedule of the whole
+    """Give a stage that declares no rates of its own the learning rates and schedule of the whole
     recipe"""
-    if not isinstance(stage, Recipe) or stage.meta != Method(stage.name):
+    if not isinstance(stage, Recipe):
         return stage
+    if replace(stage.meta, arguments={}, waives={}) != Method(stage.name):
+        return stage # other rates than the defaults, or those of a paper
     rates = dict(lr=whole.lr, lrs=whole.lrs, schedule=whole.schedule)
     return replace(stage, meta=replace(stage.meta, **rates))
 

@@ -10,6 +10,7 @@ from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses import pcp as module
 from ftlab.trainers.losses.dft import dft
+from ftlab.trainers.losses.masked_thought import masked_thought
 from ftlab.trainers.losses.pcp import pcp, read_all
 from ftlab.trainers.objective import IGNORE
 from tests.toys import TOK, lab_data, same, toy, weights
@@ -125,6 +126,19 @@ def test_every_stage_takes_a_delta_or_a_loss(monkeypatch):
     assert [s['objective'] for s in run.settings['stages']] == [dft().describe()['objective']]*3
     with pytest.raises(ValueError, match='stage 2 of 2 .* acts on activations'):
         fit(toy(), TOK, lab_data(), pcp()*prompt_tuning(), **SETTINGS)
+
+
+@pytest.mark.parametrize('reads', ['prompted', 'raw'])
+def test_hidden_tokens_are_still_the_labels_in_either_order(reads):
+    seen, hidden = [], masked_thought(warmup=0)
+    for recipe in (pcp(reads=reads), pcp(reads=reads)*hidden, hidden*pcp(reads=reads)):
+        look = Stages()
+        fit(toy(), TOK, lab_data(), recipe, callbacks=(look,), **SETTINGS)
+        seen.append(look)
+    plain, *both = seen
+    for look in both:
+        assert len(look.labels) == 2 and all(map(torch.equal, look.labels, plain.labels))
+        assert look.texts == both[0].texts and all(map(list.__ne__, look.texts, plain.texts))
 
 
 def test_what_it_refuses(monkeypatch):
