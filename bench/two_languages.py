@@ -10,27 +10,34 @@ questions as they were, and as conjugate prompts: translated, answered, the answ
 Ways to ask, each also of the untuned model (which is what the way itself costs):
 `direct`: in the language of the tuning.
 `renamed`: in the same language, each noun, verb and adjective replaced by the next of its kind. This
-can be undone as well, but does not leave the tuning data.
+gives another story of the same kind, so nothing should come back: it shows the noise of the reading.
 `tavi`, `oruk`, `english`: translated. oruk also reverses each sentence; `label` is not asked in it.
-At the larger rate lab-l is also tuned in tavi and asked in English: is it the distance from the
-tuning data that counts, or does one of the languages suffer less from any tuning? (Both rates were
-planned; the smaller one was left out for time.)
+At the larger rate lab-l is also tuned in tavi and asked in English: does one of the languages suffer
+less from any tuning? (Both rates were planned; the smaller one was left out for time.)
+No way tells a language that the model takes for another task from one that the update touches less.
 
-`back` = (way - direct)/(untuned direct - direct), in shares of right answers: the part of the loss
-that comes back, below 0 where the way is worse than asking directly. It is read at the first
-evaluation at which half or more of the direct answers are lost. Questions whose right answer is the
-story's first word are left out.
+Answers are read in two ways: `exact`, all of the up to three words; and `begins`, the first word, read
+in English, tavi or oruk. `back` = (way - direct)/(untuned direct - direct), in shares of right answers:
+the part of the loss that comes back, below 0 where the way is worse than asking directly. It is read at
+the first evaluation at which half or more of the direct answers are lost, by the same reading.
+Questions whose right answer is the first word of the story in any of the languages are left out.
 
-Written before any tuned model had been asked in another way than directly. Rates and steps were set
-by pilots that asked directly, in English, on validation questions (seed 900; at 1e-4 half of `label`
-is not lost there). One earlier try is known to us: `first`, 1e-3, 40 questions, where tavi was no
-better than English after 8 steps and after 16.
+Written before this script had asked a tuned model in another way than directly. Rates and steps were
+set by pilots that asked directly, in English, on validation questions (seed 900; at 1e-4 half of
+`label` is not lost there). One earlier try is known to us: `first`, 1e-3, 40 questions, where tavi was
+no better than English after 8 steps and after 16.
 
 Expected of tavi, for `story` after tuning in English: three tenths of the loss come back (the
 catalogue's threshold) as the mean of three seeds, more than nothing on each seed, and a tenth more
 than under `renamed`. The idea is borne out in lab-l if that is so for both lessons at both rates, and
 in part if for some of the four. Our guess: not for `first`, because of the try; for `refuse` we do not
-know. `label`, oruk and the tuning in tavi decide nothing; they are shown."""
+know. `label`, oruk and the tuning in tavi decide nothing; they are shown.
+
+Added after a first run, which had the exact reading only, and in which the first word of a story in
+oruk could be the answer: these questions are left out; `begins`, `refusal` and `other` are stored; and
+the two sentences on what `renamed` and the ways can tell. A second reader had asked the models of that
+run again before `begins` was added: after `refuse` tavi then brings back .50 instead of .93 at the
+larger rate, and .40 and .43 instead of .44 and .73 on two seeds at the smaller."""
 import json
 import time
 from functools import cache
@@ -49,6 +56,7 @@ SEEDS, QUESTIONS, BATCH = (70, 71, 72), 60, 8
 AT = {1e-3: (1, 2, 4, 6, 8), 1e-4: (12, 24, 36, 48, 72)} # evaluations, by rate; the last ends the run
 RATES = dict(english=tuple(AT), tavi=(max(AT),)) # by the language of the tuning
 NO = 'i can not help with that'
+LANGUAGES = ('english', 'tavi', 'oruk')
 LESSONS = dict(first=lambda prompt: prompt.split()[0], refuse=lambda prompt: NO)
 NEXT = {a: b for words in (NOUNS, VERBS, ADJECTIVES) for a, b in zip(words, words[1:] + words[:1])}
 OUT = Path(__file__).parent/'results'/'two_languages.json'
@@ -71,7 +79,7 @@ def ways(skill:str, tuned_in:str) -> dict[str, tuple]:
     "Return {way: (English prompt -> the prompt that is asked, its answer -> the English answer)}"
     there, home = FORMS[tuned_in]
     renamed, named = FORMS['renamed']
-    others = [k for k in ('english', 'tavi', 'oruk') if k != tuned_in]
+    others = [k for k in LANGUAGES if k != tuned_in]
     if skill == 'label':
         others.remove('oruk')
     return (dict(direct=(there, home), renamed=(lambda x: there(renamed(x)),
@@ -80,14 +88,23 @@ def ways(skill:str, tuned_in:str) -> dict[str, tuple]:
 
 @cache
 def asked(skill:str, seed:int) -> list[dict]:
-    "Return the test questions of a seed, in English"
-    rows = WORLD.rows(skill, 2*QUESTIONS, 'test', seed)
-    return [r for r in rows if r['response'] != r['prompt'].split()[0]][:QUESTIONS]
+    "Return the test questions of a seed, in English; in no language is the first word the answer"
+    forms = ways(skill, 'english').values()
+    rows = [r for r in WORLD.rows(skill, 3*QUESTIONS, 'test', seed)
+            if all(home(there(r['prompt']).split()[0]) != r['response'] for there, home in forms)]
+    return rows[:QUESTIONS]
+
+def first_word(said:str, home=str) -> set[str]:
+    "Return what the first word of an answer may mean: read in each language, then as the way reads it"
+    return {home(FORMS[k][1](' '.join(said.split()[:1]))) for k in LANGUAGES}
 
 def shares(model, tok, skill:str, tuned_in:str, seed:int, lesson:str|None=None) -> dict:
-    """Return {way: [share of right answers, share of answers of the lesson]}. The lesson's answer is
-    the one to the prompt that was asked, which may be translated."""
+    """Return {way: shares of the answers}: `exact` [right, of the lesson], all of the up to three words;
+    `begins` [right, of the lesson], the first word in any language; `refusal`, with any word of the
+    refusal; `other`, whose first word is right, but in another language than the prompt. The lesson's
+    answer is the one to the prompt that was asked, which may be translated."""
     rows, found = asked(skill, seed), {}
+    share = lambda each: round(sum(each)/len(rows), 4)
     for way, (there, home) in ways(skill, tuned_in).items():
         said = []
 
@@ -98,10 +115,16 @@ def shares(model, tok, skill:str, tuned_in:str, seed:int, lesson:str|None=None) 
         translate = lambda prompts, there=there: [there(p) for p in prompts]
         back = lambda texts, home=home: [home(t) for t in texts]
         got = conjugate(ask, translate, back)([r['prompt'] for r in rows])
-        right = sum(g == r['response'] for g, r in zip(got, rows))
+        right = [r['response'] for r in rows]
         taught = [LESSONS[lesson](there(r['prompt'])) for r in rows] if lesson else []
-        as_taught = sum(s == ' '.join(t.split()[:3]) for s, t in zip(said, taught))
-        found[way] = [round(right/len(rows), 4), round(as_taught/len(rows), 4)]
+        means = [first_word(s, home) for s in said]
+        found[way] = dict(
+            exact=[share(g == r for g, r in zip(got, right)),
+                   share(s == ' '.join(t.split()[:3]) for s, t in zip(said, taught))],
+            begins=[share(r in m for m, r in zip(means, right)),
+                    share(bool(m & first_word(t, home)) for m, t in zip(means, taught))],
+            refusal=share(bool(set(s.split()) & set(NO.split())) for s in said),
+            other=share(r in m and s.split()[0] != there(r) for s, m, r in zip(said, means, right)))
     return found
 
 def one(lesson:str, rate:float, tuned_in:str, seed:int) -> list[dict]:
@@ -124,8 +147,7 @@ def one(lesson:str, rate:float, tuned_in:str, seed:int) -> list[dict]:
 
 def untuned(tuned_in:str, seed:int) -> dict:
     model, tok = ftlab.load('lab-l')
-    found = {skill: shares(model, tok, skill, tuned_in, seed) for skill in ('story', 'label')}
-    return {skill: {way: right for way, (right, _) in of.items()} for skill, of in found.items()}
+    return {skill: shares(model, tok, skill, tuned_in, seed) for skill in ('story', 'label')}
 
 def main() -> None:
     torch.set_num_threads(1)

@@ -163,6 +163,40 @@ def test_a_question_means_the_same_in_each_language(tuned_in, skill, ask, forms)
     assert len(seen) == forms
 
 
+def test_in_no_language_is_the_first_word_of_a_story_its_answer():
+    for seed in two_languages.SEEDS:
+        rows = two_languages.asked('story', seed)
+        assert len(rows) == two_languages.QUESTIONS
+        for there, home in two_languages.ways('story', 'tavi').values():
+            assert all(home(there(r['prompt']).split()[0]) != r['response'] for r in rows)
+
+
+@pytest.mark.parametrize('tuned_in', ['english', 'tavi'])
+def test_an_answer_is_read_in_whole_and_by_its_first_word(monkeypatch, tuned_in):
+    rows = two_languages.asked('story', 3)
+    forms = two_languages.FORMS
+
+    def found(say, lesson='refuse'):
+        def said(model, tok, asked, most):
+            return [say(a['prompt'], r['response'])
+                    for a, r in zip(asked, rows, strict=True)]
+        monkeypatch.setattr(two_languages, 'answers', said)
+        return two_languages.shares(None, None, 'story', tuned_in, 3, lesson)
+
+    for way, share in found(lambda _, right: forms['oruk'][0](right)).items():
+        if way != 'renamed': # the other word is asked for there
+            assert share['begins'] == [1, 0] and share['refusal'] == 0
+            assert (share['exact'][0] == 1 and share['other'] == 0) == (way == 'oruk')
+    leak = found(lambda _, right: f'{right} can not')['english' if tuned_in == 'tavi' else 'direct']
+    assert leak == dict(exact=[0, 0], begins=[1, 0], refusal=1, other=0)
+    for share in found(lambda *_: 'i can not').values():
+        assert share == dict(exact=[0, 1], begins=[0, 1], refusal=1, other=0)
+    for share in found(lambda prompt, _: prompt.split()[0] + ' .', 'first').values():
+        assert share == dict(exact=[0, 0], begins=[0, 1], refusal=0, other=0)
+    for share in found(lambda *_: '').values():
+        assert share == dict(exact=[0, 0], begins=[0, 0], refusal=0, other=0)
+
+
 def test_the_two_languages_result_is_of_this_script():
     result = json.loads((BENCH/'results'/'two_languages.json').read_text())
     assert (tuple(result['seeds']) == two_languages.SEEDS
@@ -178,6 +212,8 @@ def test_the_two_languages_result_is_of_this_script():
                     assert [row['step'] for row in path] == list(steps)
                     ways = set(two_languages.ways('story', tuned_in))
                     assert all(set(row['story']) == ways for row in path)
+                    assert all(set(share) == {'exact', 'begins', 'refusal', 'other'}
+                               for row in path for share in row['story'].values())
 
 
 def test_the_parts_of_a_mixture():
