@@ -19,6 +19,7 @@ from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.rl.spin import spin
 from ftlab.trainers.run import load_learners
 from ftlab.trainers.step import NotFinite
+from ftlab.trainers.yardsticks.optimizers import schedule_free
 from test_fit import At, First, stop, tune
 from toys import TOK, lab_data, logits, probe, same, toy, weights
 
@@ -417,6 +418,10 @@ def test_rates_are_the_stage_s_unless_a_delta_or_a_step_comes():
         log = tune(product, steps=3, schedule='constant').log
         assert tuple(r['lr'] for r in log) == lrs
     assert (whole*dft()).lrs == (dft()*whole).lrs == (5e-5,) and (whole*lora()).lrs == lora().lrs
+    paced = Recipe('paced', loop=Stages(schedule_free(), schedule_free()))
+    for product in (paced*lora(r=2), lora(r=2)*paced): # a schedule goes with its step
+        said = [s if isinstance(s, Recipe) else s(None) for s in product.stages]
+        assert [s.schedule for s in said] == ['constant']*2
     told = replace(whole, loop=Stages(Recipe(Method('told', arguments=dict(k=1))), dft()))
     for r in (told, told*hft()): # arguments are no rates, and a paper's method has its own
         assert [x['lr'] for x in tune(r, steps=2, schedule='constant').log] == [5e-5, dft().lr]

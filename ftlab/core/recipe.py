@@ -394,7 +394,9 @@ class Composed:
             return made # `fit` says what is wrong with it
         both = made*self.recipe if self.behind else self.recipe*made
         lead = self.recipe if self.recipe.delta or self.recipe.step else made
-        meta = replace(lead.meta, name=both.name, arguments=both.arguments, waives=both.waives)
+        paced = made if made.step and not self.recipe.step else lead # a schedule goes with its step
+        meta = replace(lead.meta, name=both.name, arguments=both.arguments, waives=both.waives,
+                       schedule=paced.schedule)
         # a stage says what is read, so its views run first, whichever factor it is
         return replace(both, meta=meta, source=_product('source', made.source, self.recipe.source))
 
