@@ -50,7 +50,9 @@ def pytest_runtest_makereport(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     "A whole file may be skipped before its tests have marks"
-    return demanded((yield), isinstance(collector, pytest.Module) and '@pytest.mark.peer' in collector.path.read_text())
+    peer = (isinstance(collector, pytest.Module)
+            and '@pytest.mark.peer' in collector.path.read_text(encoding='utf-8'))
+    return demanded((yield), peer)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -330,7 +330,8 @@ def test_no_panel_has_a_colour_twice_and_a_method_looks_the_same_in_all():
         assert len(set(seen.values())) == len(seen)
         if len({c for c, _ in method_styles(seen).values()}) == len(seen): # all fit as they are
             assert seen == method_styles(seen)
-    for svg, _ in frontiers(ROOT/'bench'/'results'/'family_losses.json', 'clean', 'noisy', 'mixed').parts[:2]:
+    file = ROOT/'bench'/'results'/'family_losses.json'
+    for svg, _ in frontiers(file, 'clean', 'noisy', 'mixed').parts[:2]:
         assert all(f'stroke: {c.lower()}' in svg for c in COLORS), 'seven methods, seven colours'
 
 
