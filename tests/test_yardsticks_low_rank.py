@@ -146,7 +146,8 @@ def test_lora_plus(peft, ratio, tolerance):
     alike(run, start, theirs, pairs, tolerance, lr, opt)
 
 @pytest.mark.peer('lora_plus, dora', 'peft',
-                  'parameters and outputs after three steps, with decay and a schedule', tolerance=1e-6)
+                  'parameters and outputs after three steps, with decay and a schedule',
+                  tolerance=1e-6)
 @pytest.mark.parametrize('dora', [False, True])
 def test_lora_plus_with_decay_and_a_schedule(peft, dora, tolerance):
     "Of DoRA, the lengths are fast too, because peft and the authors' code count vectors with B"

@@ -60,7 +60,8 @@ def split(model):
 # ---------- equal to where they come from
 
 @pytest.mark.peer('muon', 'torch',
-                  'weights after five steps on the same gradients (it calls torch.optim.Muon)', tolerance=0)
+                  'weights after five steps on the same gradients (it calls torch.optim.Muon)',
+                  tolerance=0)
 @pytest.mark.parametrize('adjust, rest', [('match_rms_adamw', 1.), ('original', .05)])
 def test_muon_is_torchs(adjust, rest, tolerance):
     def optimizers(model):
@@ -118,7 +119,8 @@ def test_galore_is_galore_torchs(decay, tolerance):
     assert apart < tolerance
 
 @pytest.mark.peer('adam8bit', 'bitsandbytes',
-                  'weights after five steps on the same gradients (it calls AdamW8bit)', tolerance=0)
+                  'weights after five steps on the same gradients (it calls AdamW8bit)',
+                  tolerance=0)
 def test_8_bit_adam_is_bitsandbytes(tolerance):
     bnb = pytest.importorskip('bitsandbytes', reason='adam8bit needs bitsandbytes')
     # the embedding is large enough for eight bits

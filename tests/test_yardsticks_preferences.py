@@ -123,7 +123,8 @@ def test_simpo_is_trl_s(trl, beta, gamma, tmp_path, tolerance):
           lambda policy: trainer.get_batch_loss_metrics(policy, batch)[0], **tolerance)
 
 @pytest.mark.peer('orpo', 'trl',
-                  'the comparison term on the odds, added to a cross-entropy of ours', tolerance=dict(rtol=1e-5))
+                  'the comparison term on the odds, added to a cross-entropy of ours',
+                  tolerance=dict(rtol=1e-5))
 @quiet
 @pytest.mark.parametrize('beta', [.1, 1.])
 def test_orpo_is_trl_s(trl, beta, tolerance):
