@@ -1,5 +1,6 @@
 "Same-answer rates: what is cut, filled and reworded, what counts as the same, stand-ins whose rates are known, errors"
 import json
+import tomllib
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
@@ -160,8 +161,8 @@ def test_a_model_with_an_encoder_is_refused():
 
 def test_the_claim_says_what_was_measured_of_lab_l():
     found = json.loads(measured('lab_l_chains.json').read_text())
-    words = next(w for w in read_claim(claims_folder()/'cot_faithfulness').left_out
-                 if 'lab-l writes' in w)
+    claim = tomllib.loads((claims_folder()/'cot_faithfulness'/'claim.toml').read_text())
+    words = next(w for w in claim['left_out'] if 'lab-l writes' in w)
     of = lambda key, *arms: sorted(f'{by[a][key]:.2f}'[1:] for by in found['taught'].values()
                                    for a in arms)
     before, after = of('without', 'base'), of('without', 'answers@0.001', 'answers@0.01')
