@@ -25,12 +25,12 @@ def paper_of(item, keys: dict[str, str]) -> str | None:
 def pytest_configure(config):
     config.addinivalue_line('markers', 'xdist_group(name): tests of one group share a process')
     config.addinivalue_line('markers', 'peer(ours, package, compared, tolerance): ours is compared '
-                            'with another package on the same tensors (tools/peers.py lists these)')
+                            'with another package on the same tensors (tools/equalities.py lists these)')
 
 
 @pytest.fixture
 def tolerance(request):
-    """What the test's mark `peer` allows. tools/peers.py reads the marks into the list of
+    """What the test's mark `peer` allows. tools/equalities.py reads the marks into the list of
     equalities, so the list says what the test holds"""
     return request.node.get_closest_marker('peer').kwargs['tolerance']
 

@@ -9,7 +9,7 @@ from ftlab import papers
 
 sys.path.insert(0, str(ROOT/'tools'))
 import index
-import peers
+import equalities
 
 MADE = index.made(ROOT)
 FILES = {e['key']: e['notebook'].removeprefix('nbs/') for e in papers.index()}
@@ -209,7 +209,7 @@ def checkout(tmp_path):
     (tmp_path/'settings.ini').write_text((ROOT/'settings.ini').read_text())
     def write(text):
         (tmp_path/'tests'/'test_x.py').write_text(text)
-        return peers.equalities(tmp_path)
+        return equalities.equalities(tmp_path)
     return write
 
 def test_an_equality_is_read_from_its_mark(checkout):
@@ -217,8 +217,8 @@ def test_an_equality_is_read_from_its_mark(checkout):
     assert row['ours'] == [('dora', 'adapters/yardsticks/low_rank.ipynb')]
     assert row['tolerance'] == 'loss 1e-6; gradient 2e-5 of its size'
     assert (row['peer'], row['version']) == ('peft', '0.21.2')
-    assert peers.allowed(0) == 'none: bit for bit'
-    assert peers.allowed(dict(rtol=1e-4, atol=1e-10)) == '1e-10 + 1e-4 of its size'
+    assert equalities.allowed(0) == 'none: bit for bit'
+    assert equalities.allowed(dict(rtol=1e-4, atol=1e-10)) == '1e-10 + 1e-4 of its size'
 
 @pytest.mark.parametrize('old, new, says', [
     ("'peft'", "'torchvision'", 'torchvision is not in settings.ini, so CI would skip'),
@@ -245,11 +245,11 @@ NONE_COMPARED = {'test_anatomy.py', 'test_checkpoints.py', 'test_elsewhere.py', 
                  'test_serving.py', 'test_train_options.py'}
 
 def test_whoever_compares_with_a_package_is_on_the_list():
-    names = [*peers.versions(ROOT), 'ot']
+    names = [*equalities.versions(ROOT), 'ot']
     asks = re.compile(rf"importorskip\(\s*'({'|'.join(map(re.escape, names))})\b", re.I)
     found = {f for f in (ROOT/'tests').rglob('test_*.py') if asks.search(f.read_text())}
-    listed = {ROOT/e['file'] for e in peers.equalities(ROOT)}
+    listed = {ROOT/e['file'] for e in equalities.equalities(ROOT)}
     assert {f.name for f in found - listed} == NONE_COMPARED
-    assert {e['peer'] for e in peers.equalities(ROOT)} > {
+    assert {e['peer'] for e in equalities.equalities(ROOT)} > {
         'peft', 'trl', 'torch', 'transformers', 'bitsandbytes', 'schedulefree', 'mergekit', 'POT',
         'galore_torch', 'captum', 'transformer_lens'}

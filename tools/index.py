@@ -28,7 +28,7 @@ from ftlab.instruments.verdicts import contrast, contrast_verdict # noqa: E402
 from ftlab.map import CHAPTERS, chapter_named # noqa: E402
 from ftlab.papers import (PARTS, catalogue, index, nouns, papers_html, scoreboard, scoreboard_html,
                           effect_line) # noqa: E402
-from peers import equalities  # noqa: E402
+from equalities import equalities  # noqa: E402
 from readme import readme  # noqa: E402
 
 MARK = re.compile(r'<!-- made by `make index`: (.+?) -->')

@@ -14,7 +14,7 @@ from .text import shortened
 
 # %% auto #0
 __all__ = ['PROMISES', 'NOUNS', 'RESERVED', 'CannotCompose', 'Recipe', 'Learner', 'Loop', 'Share', 'Stages', 'Viewed', 'viewed',
-           'Viewing', 'With', 'Needing', 'needing', 'Chain', 'Composed', 'name_of', 'title_of']
+           'Viewing', 'With', 'Needing', 'needing', 'Chain', 'Composed', 'recipe_options', 'name_of', 'title_of']
 
 # %% ../../nbs/core/recipe.ipynb #00050245
 PROMISES = {
@@ -416,7 +416,7 @@ def _answer(q, self, other, names):
 
 def _arguments_of_both(self, other) -> dict:
     "Return each recipe's arguments by name; the options of one without any"
-    mine, yours = ({} if r.arguments else _options(r) for r in (self, other))
+    mine, yours = ({} if r.arguments else recipe_options(r) for r in (self, other))
     # under the same name the second's entry would replace the first's
     again = ' again' if self.name == other.name and (mine or yours) else ''
     return {self.name: mine or self.arguments, other.name + again: yours or other.arguments}
@@ -440,11 +440,11 @@ def _described(self:Recipe, explained:bool) -> dict:
             out |= v.describe() if hasattr(v, 'describe') else {q: name_of(v)}
     if self.arguments:
         out['arguments'] = _plain(self.arguments)
-    elif not explained and (own := _options(self)):
+    elif not explained and (own := recipe_options(self)):
         out['options'] = own
     return out
 
-def _options(self:Recipe) -> dict:
+def recipe_options(self:Recipe) -> dict:
     "Return the options of every `partial` and `With` in the answers, by where it is: `name_of` leaves them out"
     found, todo = {}, [(q, getattr(self, q)) for q in reversed(NOUNS)]
     while todo:

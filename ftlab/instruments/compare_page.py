@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from ..core.table import html_table, text_table
 from ..evaluators.forgetting import change_in_words
-from .families import off_target
+from .frontier import off_target
 from .views import method_styles
 
 # %% auto #0

@@ -14,14 +14,15 @@ from statistics import fmean
 import pandas as pd
 from matplotlib import rc_context
 from ..core.table import markdown_table
-from .frontier import AT_LEAST, best_gain, least_forgetting
+from .compare_page import picture
+from .frontier import AT_LEAST, best_gain, least_forgetting, off_target
 from .views import (COLORS, FIXED, MARKS, STYLE, Picture, drawn,
                                      method_styles)
 
 # %% auto #0
 __all__ = ['CONCERNS', 'FAMILIES', 'BESIDE', 'COLOURED', 'Concern', 'values_of', 'learned', 'answer', 'answer_words',
-           'entries_of', 'seeds_of', 'points', 'setting_rows', 'off_target', 'setting_table', 'read_family',
-           'no_result', 'family_words', 'family_shown', 'outermost', 'coloured', 'panel_styles', 'frontiers']
+           'entries_of', 'seeds_of', 'points', 'setting_rows', 'setting_table', 'read_family', 'no_result',
+           'family_words', 'family_shown', 'outermost', 'coloured', 'panel_styles', 'frontiers']
 
 # %% ../../nbs/instruments/families.ipynb #fam00006
 @dataclass(frozen=True)
@@ -122,10 +123,6 @@ def setting_rows(entry:Mapping # of a result file
         rows.append(row | _calibration(m))
     rows.sort(key=lambda r: -r['gained'])
     return [{k: v for k, v in r.items() if any(x.get(k) is not None for x in rows)} for r in rows]
-
-def off_target(reached:float|None, target:float|None) -> bool:
-    "Return whether a method was read more than two points from the equal gain, on test questions"
-    return None not in (reached, target) and abs(reached - target) > .02
 
 def _equal(m, target):
     "What was lost at equal gain in points, marked where the test seeds are not at that gain"
@@ -249,7 +246,6 @@ def frontiers(file:str|Path, # a result file
               *settings:str  # their names; none: all
              ) -> Picture:
     "Draw the frontiers of settings. Raises `KeyError` for a setting that the file does not have"
-    from ftlab.instruments.compare_page import picture # which imports this module
     entries = entries_of(read_family(file))
     entries = {n: _without_arguments(entries[n]) for n in settings or entries}
     names = {n: coloured(e['methods']) for n, e in entries.items()}

@@ -10,8 +10,8 @@ from itertools import pairwise
 from statistics import fmean, variance
 
 # %% auto #0
-__all__ = ['SHARE', 'AT_LEAST', 'MATCHED', 'per_set', 'paired_difference', 'at_gain', 'best_gain', 'common_gain', 'reading',
-           'pooled', 'choose', 'frontier', 'least_forgetting']
+__all__ = ['SHARE', 'AT_LEAST', 'MATCHED', 'per_set', 'paired_difference', 'at_gain', 'best_gain', 'common_gain', 'off_target',
+           'reading', 'pooled', 'choose', 'frontier', 'least_forgetting']
 
 # %% ../../nbs/instruments/frontier.ipynb #a8ec0c01
 def per_set(items:list|Mapping) -> Mapping[str, list]:
@@ -67,6 +67,10 @@ def common_gain(best:Mapping[str, float] # arm -> its best gain, over rates and 
     and whether that is at least half of the strongest arm's"""
     low, high = min(best.values(), default=0.), max(best.values(), default=0.)
     return (SHARE*low if low > 0 else None), low > 0 and SHARE*low >= AT_LEAST*high
+
+def off_target(reached:float|None, target:float|None) -> bool:
+    "Return whether a method was read more than two points from the equal gain, on test questions"
+    return None not in (reached, target) and abs(reached - target) > .02
 
 # %% ../../nbs/instruments/frontier.ipynb #df6a415e
 MATCHED = '_matched'
