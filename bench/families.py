@@ -135,10 +135,11 @@ def settings(family: str) -> list[Setting]:
 
 # ---------- who takes part
 
-def nearest_rank(model, budget: float) -> int:
-    "The rank with which LoRA trains a number of parameters nearest the budget, at least 1"
-    one = training_bytes(model, methods.get('lora(r=1)'))['trainable']
-    return max(1, round(budget*sum(p.numel() for p in model.parameters())/one))
+def nearest_rank(model, budget: float, labels: bool = False) -> int:
+    "The rank with which LoRA trains a number of parameters nearest the budget, at least 1; `labels`: of a classifier"
+    one, two = (training_bytes(model, methods.lora(r=r), labels)['trainable'] for r in (1, 2))
+    room = budget*sum(p.numel() for p in model.parameters()) - (2*one - two) # a classifier's head trains as well
+    return max(1, round(room/(two - one)))
 
 
 def asked(key: str, setting: Setting) -> str:
@@ -163,7 +164,8 @@ def arms_of(family: str, setting: Setting, bench: Bench) -> tuple[dict[str, str]
     "What is compared, {name: text}, and what is left out, {key: reason}; together all papers of the family"
     arms, out = dict(full='full'), {}
     if setting.budget:
-        arms['lora'] = f'lora(r={nearest_rank(bench.base(TUNING)[0], setting.budget)})'
+        rank = nearest_rank(bench.base(TUNING)[0], setting.budget, bool(bench.given.labels))
+        arms['lora'] = f'lora(r={rank})'
     for key, row in sorted(catalogue().items()):
         if row['family'] == family:
             try:

@@ -15,14 +15,15 @@ from ftlab.instruments.families import (CONCERNS, FAMILIES, answer, answer_words
 from ftlab.instruments.views import COLORS, method_styles
 from ftlab.papers import catalogue
 from pages import ROOT
-from toys import TOK, lab_data, toy
+from toys import TOK, classifier, lab_data, toy
 
 sys.path[:0] = [str(ROOT/'bench'), str(ROOT/'tools')]
 import families
 import index
 import yardsticks
 
-STUB = SimpleNamespace(base=lambda seed: (toy(), TOK)) # as much of a bench as the list of arms needs
+# as much of a bench as the list of arms needs
+STUB = SimpleNamespace(base=lambda seed: (toy(), TOK), given=SimpleNamespace(labels=False))
 SETTINGS = {f: families.settings(f) for f in FAMILIES}
 SMALL = dict(batch_size=4, evaluations=1, items=4, old_items=1, validation_items=4,
              old_validation_items=1)
@@ -101,12 +102,12 @@ def test_one_task_is_plain_fine_tuning_and_two_are_not(monkeypatch):
         assert there or 'plain fine-tuning' in out['mftcoder']
 
 
-def test_the_rank_is_the_one_nearest_the_budget():
-    model = toy()
+@pytest.mark.parametrize('labels, model', [(False, toy()), (True, classifier())], ids=('text', 'labels'))
+def test_the_rank_is_the_one_nearest_the_budget(labels, model):
     total = sum(p.numel() for p in model.parameters())
-    count = lambda r: families.training_bytes(model, methods.lora(r=r))['trainable']
+    count = lambda r: families.training_bytes(model, methods.lora(r=r), labels)['trainable']
     for budget in (.001, .05, .2):
-        r = families.nearest_rank(model, budget)
+        r = families.nearest_rank(model, budget, labels)
         assert all(abs(count(r) - budget*total) <= abs(count(k) - budget*total)
                    for k in (r - 1, r + 1) if k >= 1)
 
