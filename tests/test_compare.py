@@ -121,7 +121,7 @@ def arms_of(n, rates=4):
 
 def test_effort_counts_the_most_runs_there_can_be():
     full = effort(arms_of(3), 5)
-    assert (full['tuning'], full['test']) == (3*(4 + 3 + 2 + 3), 3*5*2)
+    assert (full['tuning'], full['test']) == (3*(4 + 3 + 2 + 3 + 2), 3*5*2)
     assert effort(arms_of(3), 5, points=3)['test'] == 3*5*3
     assert effort(arms_of(2), 3, tuned=False)['tuning'] == 0
     assert effort(arms_of(2, 1), 3)['test'] == 6
@@ -447,7 +447,8 @@ def test_a_search_gives_every_method_as_many_rates_on_seeds_of_its_own(tuned):
     tuning = [x for x in runs if x['split'] == 'validation']
     per = {n: sorted((x['seed'], x['rate']) for x in tuning if x['method'] == n) for n in ('full', 'lora')}
     assert len({sum(s == 10_000 for s, _ in of) for of in per.values()}) == 1
-    assert [sum(s == 10_001 for s, _ in of) for of in per.values()] == [3, 3]
+    again = {sum(s == 10_001 for s, _ in of) for of in per.values()}
+    assert len(again) == 1 and again <= {3, 4, 5}
     assert {x['seed'] for x in runs if x['split'] == 'test'} == {0, 1, 2}
     assert r['tuning']['seeds'] == [10_000, 10_001]
     assert r['runs'] == dict(made=len(runs), taken=r['runs']['taken'], cpu_seconds=r['runs']['cpu_seconds'])
@@ -456,7 +457,8 @@ def test_a_search_gives_every_method_as_many_rates_on_seeds_of_its_own(tuned):
     for m in r['methods']:
         t = r['tuning']['methods'][m['name']]
         assert set(t) == {'rate', 'tried', 'at_edge', 'rate_matched', 'forgetting_matched',
-                          'at_edge_matched', 'stopped'}
+                          'at_edge_matched', 'overlooked', 'stopped'}
+        assert t['overlooked'] == [] or again == {5}
         assert (m['rate'], m['rate_matched']) == (t['rate'], t['rate_matched'])
         assert [x for x, _ in t['tried']] == sorted({rate for _, rate in per[m['name']]})
 
@@ -533,6 +535,10 @@ def test_a_page_says_what_speaks_against_it(tuned):
         t['at_edge'] = edge
         words = f'{m["name"]}: the best of its rates lies at the edge'
         assert (words in ' '.join(warned(r))) == edge
+    for left in ([], [.0316]):
+        t['overlooked'] = left
+        words = 'by the only tuning seed that it ran on, the rate 0.0316 would be chosen'
+        assert (words in ' '.join(warned(r))) == bool(left)
     lost = other | dict(seeds=[], stopped='full', rate=None, rate_matched=None, hangs=None,
                         within=None,
                         **{k: interval([]) for k in ('gain', 'forgetting', 'forgetting_matched', 'gain_matched')})

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import itertools, json, math, sys, time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -93,25 +93,26 @@ def tuning_seeds(seeds:list[int]) -> tuple[int, ...]:
     return tuple(itertools.islice(outside, len(SEEDS)))
 
 # %% ../../nbs/instruments/compare.ipynb #43188f50
-THINNER = (dict(rates=None, refine=True, again=3, extend=3),
-           dict(rates=None, refine=True, again=2, extend=1),
-           dict(rates=None, refine=False, again=2, extend=1),
-           dict(rates=3, refine=False, again=0, extend=1),
-           dict(rates=3, refine=False, again=0, extend=0),
-           dict(rates=2, refine=False, again=0, extend=0),
-           dict(rates=1, refine=False, again=0, extend=0))
+THINNER = (dict(rates=None, refine=True, again=3, settle=2, extend=3),
+           dict(rates=None, refine=True, again=2, settle=1, extend=1),
+           dict(rates=None, refine=False, again=2, settle=1, extend=1),
+           dict(rates=None, refine=False, again=2, settle=0, extend=1),
+           dict(rates=3, refine=False, again=0, settle=0, extend=1),
+           dict(rates=3, refine=False, again=0, settle=0, extend=0),
+           dict(rates=2, refine=False, again=0, settle=0, extend=0),
+           dict(rates=1, refine=False, again=0, settle=0, extend=0))
 
 def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True,
            points:int=2 # run on the test seeds for a tuned method: best gain, equal gain, within a limit
           ) -> dict:
-    """Return rates, refine, again and extend of the search, and how many runs it takes at most: tuning, test.
+    """Return rates, refine, again, settle and extend of the search, and how many runs it takes at most: tuning, test.
     Raises `ValueError` if `max_runs` is too small for any search"""
     n = len(arms)
     grid = len(next(iter(arms.values()))[1])
     for how in THINNER if tuned else ({},):
         rates = min(grid, how.get('rates') or grid)
-        tuning = (rates + how['extend'] + 2*how['refine'] + how['again'] if tuned
-                  and rates > 1 else 0)
+        tuning = (rates + how['extend'] + 2*how['refine'] + how['again'] + how['settle']
+                  if tuned and rates > 1 else 0)
         found = dict(how, rates=rates, tuning=n*tuning, test=n*seeds*(points if tuning else 1))
         if max_runs is None or found['tuning'] + found['test'] <= max_runs:
             return found
@@ -395,11 +396,12 @@ def tune_arms(bench:Bench, arms:Mapping, runs:Told, seeds:list[int], work:Mappin
         stopped.update(lost_races(tried))
         return stopped
     grids = {n: Grid(thinned(rates, work['rates'])) for n, (_, rates) in arms.items()}
-    tried = search(grids, run, wants, tuning_seeds(seeds), work['extend'], work['refine'], work['again'],
-                   drop if race else lambda t: (), ahead=ahead)
+    how = {k: work[k] for k in ('extend', 'refine', 'again', 'settle')}
+    tried = search(grids, run, wants, tuning_seeds(seeds), **how,
+                   drop=drop if race else lambda t: (), ahead=ahead)
     return tried, stopped
 
-def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
+def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict, overlooked:list[float]) -> dict:
     "Return how an arm was tuned, for the result"
     of = tried.pooled(arm)
     ended = {f'{r:g}': o['error'] or o['stopped'] for r, o in of.items()}
@@ -407,7 +409,7 @@ def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
                 at_edge=bool(best['at_edge']),
                 rate_matched=equal['rate'],
                 forgetting_matched=[list(x) for x in equal['values'].items()],
-                at_edge_matched=bool(equal['at_edge']),
+                at_edge_matched=bool(equal['at_edge']), overlooked=overlooked,
                 stopped={r: why for r, why in ended.items() if why})
 
 def _curves(tried:Tried, arm:str) -> dict:
@@ -616,10 +618,13 @@ def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNa
     wants = [Want(names, 'forgetting_matched', False), Want(names)]
     tried, stopped = tune_arms(bench, arms, runs, seeds, work, wants, race, doses, tune_steps)
     live = tuple(n for n in names if n not in stopped)
-    equal, best = (tried.choices(Want(live, w.metric, w.higher)) for w in wants)
+    wants = [replace(w, arms=live) for w in wants]
+    equal, best = map(tried.choices, wants)
+    left = [tried.overlooked(w) for w in wants]
     if equal['target'] is None:  # no rate has a place at equal gain
         equal['arms'] = {n: b | dict(value=None, values={}) for n, b in best['arms'].items()}
     return SimpleNamespace(tried=tried, stopped=stopped, live=live, equal=equal['arms'], best=best['arms'],
+                           overlooked={n: sorted({of[n] for of in left if n in of}) for n in live},
                            target=equal['target'], common=equal['common'], limits={},
                            hangs=hangs_on_rate(tried, equal['arms'], equal['target']))
 
@@ -641,7 +646,8 @@ def _tuning(found, seeds, steps) -> dict|None:
     "Return how the rates were chosen"
     if not found.tried:
         return None
-    tuned = {n: _tuned_words(found.tried, n, found.best[n], found.equal[n]) for n in found.live}
+    tuned = {n: _tuned_words(found.tried, n, found.best[n], found.equal[n], found.overlooked[n])
+             for n in found.live}
     return dict(seeds=list(tuning_seeds(seeds)), steps=steps, methods=tuned)
 
 def _protocol(bench, seeds, work) -> dict:

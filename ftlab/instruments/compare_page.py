@@ -216,6 +216,13 @@ def allowed(r:dict) -> list[str]:
         said.append(f'{m["name"]}, old questions at its largest gain: {words}.')
     return said
 
+def _about_rates(name, tuned) -> list[str]:
+    "Say where a method may have a better rate"
+    edge = f'{name}: the best of its rates lies at the edge of what was tried; beyond it a better one may lie.'
+    return [edge]*bool(tuned['at_edge']) + [
+        f'{name}: by the only tuning seed that it ran on, the rate {rate:g} would be chosen; more runs would tell.'
+        for rate in tuned.get('overlooked', ())] # an earlier ftlab kept none
+
 def warned(r:dict) -> list[str]:
     "Say what casts doubt on the order of a result"
     said = []
@@ -232,8 +239,8 @@ def warned(r:dict) -> list[str]:
                     'and another rate may reverse the order.')
     said += [f'{f["seen"][:1].upper()}{f["seen"][1:]}; to fix it, {f["fix"]} ({f["name"]}).'
              for f in r.get('findings', ())]
-    said += [f'{n}: the best of its rates lies at the edge of what was tried; beyond it a better one may lie.'
-             for n, d in ((r['tuning'] or {}).get('methods') or {}).items() if d['at_edge']]
+    for n, d in ((r['tuning'] or {}).get('methods') or {}).items():
+        said += _about_rates(n, d)
     for m in r['methods']:
         if h := m['hangs']:
             own, theirs = (h[k] if k in h else _tuned_forgetting(r, name) # an earlier ftlab kept the value alone

@@ -106,6 +106,23 @@ class Tried:
             raise unknown[0]
         return dict(metric=want.metric, target=target, common=common, arms=chosen)
 
+    def overlooked(self, want:Want) -> dict[str, float]:
+        """Return the rates that would be chosen, {arm: rate}, had they not run with fewer seeds than the
+        choice; both are read on the seeds that they share, at the target of `choices`"""
+        found, out = self.choices(want), {}
+        for arm, choice in found['arms'].items():
+            of, fewer = self.outcomes[arm], set(self.outcomes[arm]) - self.twice(arm)
+            seeds = [s for s in of[choice['rate']] if all(s in o for o in of.values())]
+            chosen = set() if choice['value'] is None else {choice['rate']}
+            shared = {r: pooled({s: of[r][s] for s in seeds}) for r in fewer | chosen}
+            try:
+                best = choose(shared, want.metric, want.higher, found['target'])
+            except KeyError: # of an arm without the metric
+                continue
+            if best and best['rate'] in fewer:
+                out[arm] = best['rate']
+        return out
+
 def _edge(found, known, want, target) -> int:
     """Say on which side of what was tried a better rate may lie: -1 below, 1 above, 0 where the choice is
     bracketed. A number that is read at a gain is bracketed by a rate below that misses the gain; any other
@@ -132,6 +149,7 @@ def search(grids:Mapping[str, Grid],
            extend:int=3,         # how often the grids may grow
            refine:bool=True,     # two more rates around each choice
            again:int=3,          # rates of each arm that are run with every seed
+           settle:int=2,         # more of them, as long as an arm overlooks a rate
            drop:Callable=lambda tried: (), # tried -> arms that need no more rates
            deciding:int|None=None, # only the first so many wants make the grids grow; None: all
            ahead:Callable=lambda jobs: None, # gets each list of (arm, rate, seed) before `run` is called for them
@@ -161,7 +179,10 @@ def search(grids:Mapping[str, Grid],
         _extend(tried, growing, wants[:deciding], have, seeds[0], extend, others)
         if refine:
             _refine(tried, out, wants, have, seeds[0])
-    _repeat(tried, out, wants, have, seeds, again, others)
+    if again and len(seeds) > 1:
+        live = [a for a in grids if a not in out]
+        rest = _repeat(tried, live, wants, have, seeds, again, others)
+        _settle(tried, rest, wants, have, seeds, settle)
     return tried
 
 def _picks(tried, wants) -> dict[str, list[dict]]:
@@ -201,25 +222,39 @@ def _refine(tried, dropped, wants, have, seed) -> None:
               if arm not in dropped and picks[arm] for way in (-.5, .5)]
     have((arm, rate, seed) for arm, rate in beside if rate is not None)
 
-def _repeat(tried, dropped, wants, have, seeds, again, others) -> None:
+def _repeat(tried, arms, wants, have, seeds, again, others) -> dict[str, list[float]]:
     """Run the choices, and the next best rates for the first want, with every seed; `again` rates
-    of each arm, more only where it has more choices"""
-    if len(seeds) < 2 or not again:
-        return
+    of each arm, more only where it has more choices. Return the other rates, from the best on"""
     picks = _picks(tried, wants)
     signs = {a: (1 if w.higher else -1) for w in reversed(wants) for a in w.arms}
-    live = [a for a in tried.grids if a not in dropped]
     chosen = {a: list(dict.fromkeys(p['rate'] for p in picks[a] if p['value'] is not None))
-              for a in live}
+              for a in arms}
     count = max(again, *(len(rates) for rates in chosen.values()))
-    jobs = []
-    for arm in live:
-        rates = chosen[arm]
+    jobs, rest = [], {}
+    for arm in arms:
         best = (_best_first(tried.pooled(arm), picks[arm][0]['values'], signs[arm]) if picks[arm]
                 else _ranked(tried, arm, others.get(arm)))
-        order = [r for r in best if r not in rates]
-        jobs += [(arm, rate, s) for rate in (rates + order)[:count] for s in seeds[1:]]
+        rates = list(dict.fromkeys(chosen[arm] + best))
+        jobs += [(arm, rate, s) for rate in rates[:count] for s in seeds[1:]]
+        rest[arm] = rates[count:]
     have(jobs)
+    return rest
+
+def _settle(tried, rest, wants, have, seeds, limit) -> None:
+    """Run one more rate of every arm with every seed, its next best one, while an arm overlooks a
+    rate; that arm runs this one"""
+    for _ in range(limit):
+        asked = {}
+        for want in reversed(wants):
+            asked |= tried.overlooked(want)
+        if not asked:
+            return
+        jobs = []
+        for arm, rates in rest.items():
+            rates.sort(key=lambda r, arm=arm: r != asked.get(arm))
+            jobs += [(arm, rate, s) for rate in rates[:1] for s in seeds[1:]]
+            del rates[:1]
+        have(jobs)
 
 def _ranked(tried, arm, want) -> list[float]:
     "Sort the rates of an arm that no want names, from the best on"
