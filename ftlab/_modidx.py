@@ -2332,6 +2332,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ftlab.core.recipe.needing': ('core/recipe.html#needing', 'ftlab/core/recipe.py'),
                                    'ftlab.core.recipe.recipe_options': ('core/recipe.html#recipe_options', 'ftlab/core/recipe.py'),
                                    'ftlab.core.recipe.title_of': ('core/recipe.html#title_of', 'ftlab/core/recipe.py'),
+                                   'ftlab.core.recipe.unsaid_options': ('core/recipe.html#unsaid_options', 'ftlab/core/recipe.py'),
                                    'ftlab.core.recipe.viewed': ('core/recipe.html#viewed', 'ftlab/core/recipe.py')},
             'ftlab.core.record': { 'ftlab.core.record.digest': ('core/record.html#digest', 'ftlab/core/record.py'),
                                    'ftlab.core.record.versions': ('core/record.html#versions', 'ftlab/core/record.py')},

@@ -1020,8 +1020,14 @@ def test_a_method_with_arguments_is_described_by_them_alone():
 def test_no_two_methods_share_a_run(plain):
     "`pissa` once took the runs of `olora`: the same arguments, and another start"
     bench, of = Bench(*plain, **FAST), {}
-    for name in (*names(), 'pissa * dft', 'olora * dft'):
-        of.setdefault(key_of(bench, get(name)), []).append(name)
+    noted = Recipe(Method('noted', arguments=dict(start=.5)), objective=term)
+    ways = {'a product': lambda r: r*get('dft'), 'another start recorded': lambda r: r*noted,
+            'a stage': lambda r: Recipe('own', loop=Stages(r)), 'a share': lambda r: (
+                Recipe(Method('own', arguments=dict(r=8)), loop=Stages(Share(r, 2.))))}
+    alike = {f'{n}, {how}': way(get(n).named('own')).named('own')
+             for n in ('pissa', 'olora') for how, way in ways.items()}
+    for name, recipe in ({n: get(n) for n in names()} | alike).items():
+        of.setdefault(key_of(bench, recipe), []).append(name)
     assert [same for same in of.values() if len(same) > 1] == []
 
 def test_compare_runs_both_of_two_recipes_that_differ_in_an_option(plain, tmp_path):

@@ -24,6 +24,7 @@ from ftlab.core.io import (Busy, DiskFull, TemporaryFolder, check_room, leftover
 from ftlab.core.recipe import Loop, Recipe, Stages
 from ftlab.core.state import State
 from ftlab.instruments.bench import Budget
+from ftlab.methods import get
 from ftlab.trainers.callbacks import EarlyStop
 from ftlab.trainers.checkpoint import cut_off, read_header
 from ftlab.trainers.fit import fit
@@ -105,6 +106,32 @@ def test_arguments_of_a_method_and_tokens_of_the_data_belong_to_a_run(tmp_path):
     with pytest.raises(ValueError, match='encoded=.*tokenizer or chat template'):
         fit(toy(), other, lab_data(), lora(r=2), **STEPS, batch_size=8, progress=False,
             out=tmp_path, save_every=1, resume=True)
+
+STARTS = {'alone': lambda r: r, 'in a stage': lambda r: Recipe('own', loop=Stages(r))}
+
+@pytest.mark.parametrize('within', STARTS.values(), ids=STARTS)
+def test_a_run_of_another_start_is_not_taken_and_one_of_an_earlier_ftlab_goes_on(within, tmp_path):
+    "`pissa` and `olora` under one name describe themselves alike"
+    one, other = (within(get(n).named('own')) for n in ('pissa', 'olora'))
+    assert one.describe() == other.describe()
+    whole = tune(one, **STEPS)
+    how = dict(**STEPS, out=tmp_path, save_every=1)
+    tune(one, **how, callbacks=(At(3, stop),))
+    with pytest.raises(ValueError, match="options=.*'start': 'pissa'.*'start': 'olora'"):
+        tune(other, **how, resume=True)
+    path = tmp_path/'checkpoint.safetensors'
+    tensors, header = read_tensors(path)
+    for k in ('whole', 'settings'): # as they were before the options were noted
+        settings = json.loads(header[k])
+        assert settings.pop('options')
+        header[k] = json.dumps(settings)
+    write_tensors(path, tensors, header)
+    assert alike(tune(one, **how, resume=True), whole)
+
+def test_options_are_noted_only_where_the_arguments_do_not_say_them():
+    assert 'options' not in tune(lora(r=2), **STEPS).settings
+    plain = Recipe('own', select=parts('q'), delta=partial(LoRA, r=2, alpha=2.))
+    assert 'options' not in tune(plain, **STEPS).settings, 'they are in the description'
 
 def test_the_reason_is_known_before_the_stages_that_are_done_again(tmp_path):
     seen = []
@@ -275,7 +302,7 @@ def test_a_run_with_another_option_is_another_run(staged, tmp_path):
 
 def test_the_stages_of_a_method_with_arguments_are_described_without_options(tmp_path):
     run = tune(lofit(.5), **STEPS, out=tmp_path, save_every=1)
-    assert "'options'" not in str(run.settings)
+    assert "'options'" not in str([run.settings[k] for k in ('recipe', 'stages')])
     assert 'options' not in read_header(tmp_path/'checkpoint.safetensors')['settings']['recipe']
 
 def test_a_misspelt_field_of_the_state_is_an_error():

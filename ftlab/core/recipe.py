@@ -14,7 +14,8 @@ from .text import shortened
 
 # %% auto #0
 __all__ = ['PROMISES', 'NOUNS', 'RESERVED', 'CannotCompose', 'Recipe', 'Learner', 'Loop', 'Share', 'Stages', 'Viewed', 'viewed',
-           'Viewing', 'With', 'Needing', 'needing', 'Chain', 'Composed', 'recipe_options', 'name_of', 'title_of']
+           'Viewing', 'With', 'Needing', 'needing', 'Chain', 'Composed', 'recipe_options', 'unsaid_options', 'name_of',
+           'title_of']
 
 # %% ../../nbs/core/recipe.ipynb #00050245
 PROMISES = {
@@ -468,6 +469,21 @@ def recipe_options(self:Recipe) -> dict:
             inside = dict(enumerate(x))
         todo += reversed([(f'{at}.{k}', v) for k, v in inside.items()])
     return found
+
+def unsaid_options(self:Recipe,
+                   around:Mapping|None=None # of a stage: the arguments that the recipe around it has recorded
+                  ) -> dict:
+    """Return the options, those of stages too, that `describe` leaves out and no recorded argument has under the
+    same name with the same value: `pissa` and `olora` differ in one"""
+    known = {**(around or {}), **_plain(self.arguments)}
+    places = [known, *(v for v in known.values() if isinstance(v, dict))] # a product records by part
+    own = recipe_options(self) if known else {} # else they are described
+    out = {at: {k: v for k, v in of.items() if not any(k in p and p[k] == v for p in places)}
+           for at, of in own.items()}
+    for i, stage in enumerate(self.stages):
+        if isinstance(stage, Recipe):
+            out |= {f'loop.{i}.{at}': of for at, of in unsaid_options(stage, known).items()}
+    return {at: of for at, of in out.items() if of}
 
 def _fields_of_makers(at:str, stages:Stages) -> dict:
     "Return the fields of each stage function that is a dataclass: a record has its name alone"

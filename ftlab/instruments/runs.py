@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 import ftlab
 from ..core.io import write_atomically
-from ..core.recipe import Recipe, recipe_options
+from ..core.recipe import Recipe, unsaid_options
 from ..core.record import digest, versions
 from .bench import Bench
 from .verdicts import imports, is_paper
@@ -85,11 +85,8 @@ def _recipe_key(recipe) -> dict:
     """Return what a recipe says of itself, without its name, and the options that no recorded argument says:
     `pissa` and `olora` have the same arguments and differ in one"""
     said = {k: v for k, v in recipe.describe().items() if k != 'name'}
-    nested = (a for a in recipe.arguments.values() if isinstance(a, dict)) # of a product's parts
-    names = set(recipe.arguments).union(*nested)
-    unsaid = {at: found for at, of in recipe_options(recipe).items()
-              if (found := {k: v for k, v in of.items() if k not in names})}
-    return said | dict(unsaid=unsaid) if recipe.arguments and unsaid else said
+    unsaid = unsaid_options(recipe)
+    return said | dict(unsaid=unsaid) if unsaid else said
 
 def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, steps:int,
             doses:tuple=()) -> dict:

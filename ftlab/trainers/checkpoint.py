@@ -177,6 +177,10 @@ UNSAID = dict(keep='last', evaluate_every=None) # settings of runs that do not n
 def different(was:Mapping, settings:Mapping) -> list[str]:
     "List the names of the settings in which two runs differ"
     was, settings = UNSAID | dict(was), UNSAID | dict(settings)
+    if 'options' in was:
+        settings.setdefault('options', {})
+    else: # an earlier ftlab did not note them
+        settings.pop('options', None)
     # through JSON, as a header's settings went
     return [k for k, v in json.loads(json.dumps(settings)).items() if was.get(k) != v]
 

@@ -28,7 +28,7 @@ from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remov
 from ..core.labels import model_labels, numbered, unnamed
 from ..core.loading import find_device, row_advice, without_row
 from ..core.model import check_checkpointing, device_of, notes_of, row_limit
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, unsaid_options
 from ..core.text import near_misses, shortened, some
 from .callbacks import EarlyStop, Every, KeepBest, usual_every, validation_nll
 from .checkpoint import refuse_to_replace, resumable
@@ -224,7 +224,8 @@ def _job(model, tok, data, recipe, settings, epochs, device, out, trackers, call
              cut_note(validation, data.validation, tok, limit, 'validation')))]
     settings = settings | _passes(epochs, len(rows), settings['batch_size'], notes)
     asked = {k: settings[k] for k in ('lr', 'schedule')}
-    settings = dict(recipe=recipe.describe(), **settings) | rate_settings(recipe, **asked)
+    options = dict(options=unsaid) if (unsaid := unsaid_options(recipe)) else {}
+    settings = dict(recipe=recipe.describe(), **options, **settings) | rate_settings(recipe, **asked)
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
                      model=_mark([base, packed] if packed else base),
