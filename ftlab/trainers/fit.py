@@ -225,7 +225,8 @@ def _job(model, tok, data, recipe, settings, epochs, device, out, trackers, call
     settings = settings | _passes(epochs, len(rows), settings['batch_size'], notes)
     asked = {k: settings[k] for k in ('lr', 'schedule')}
     options = dict(options=unsaid) if (unsaid := unsaid_options(recipe)) else {}
-    settings = dict(recipe=recipe.describe(), **options, **settings) | rate_settings(recipe, **asked)
+    settings = dict(recipe=recipe.describe(), **options, **settings)
+    settings |= rate_settings(recipe, **asked)
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
                      model=_mark([base, packed] if packed else base),
