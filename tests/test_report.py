@@ -20,6 +20,7 @@ from ftlab.evaluators.old_sets import old_set
 from ftlab.evaluators.probe import drift
 from ftlab.instruments.report_page import Report, headline, layer_lines, signed, spread
 from ftlab.instruments.report import as_base, paired, read_run, report
+from ftlab.lab import digits
 from ftlab.trainers.fit import fit
 from toys import TOK, classifier, lab_data, logits, same, toy, weights
 import ftlab.evaluators.old_sets as olds
@@ -216,6 +217,18 @@ def test_what_is_no_run_and_no_number_is_refused(monkeypatch):
         report(run, items=2, old_items=99)
     with pytest.raises(ValueError, match="'sortt' is neither a file nor a lab skill; did you mean 'sort'"):
         report(run, 'sortt')
+
+def test_a_run_on_pictures_has_no_report_and_the_error_says_what_to_call_instead():
+    rows = digits.digits()
+    run = fit(digits.fresh('digits-vit'), None, rows, lora(r=2), steps=4, batch_size=8, progress=False)
+    with pytest.raises(ValueError, match=r"of kind 'image'.*change_of\(run\).*run.model.*disabled"):
+        report(run)
+    found = reporting.change_of(run)
+    assert found['moved'] > 0 and {r['part'] for r in found['weights']} == {'attention', 'mlp'}
+    batch = dict(pixel_values=digits.pictures(rows.test[:4])[0])
+    tuned = run.model(**batch).logits
+    with run.delta.attached.disabled() as base:
+        assert not torch.equal(base(**batch).logits, tuned)
 
 def test_a_run_whose_folder_is_gone_still_has_its_report(tmp_path):
     "What is in memory is enough, but for the base's answers, which find no place beside the run"

@@ -499,8 +499,10 @@ def report(run:Run|str|Path|None=None, # a run of `fit`, or the folder in which 
 
     Drift, similarity and calibration come from the `rows` that are evaluated token by token.
     The decomposition of a large matrix takes minutes. Raises `ValueError` for a run whose base is
-    gone (folded), a run without test rows, numbers of questions below 1, and what `old_sets` refuses."""
+    gone (folded), a run on pictures, a run without test rows, numbers of questions below 1, and what `old_sets`
+    refuses."""
     run, t0 = _run_of(run, base, tuned, data), time.time()
+    _check_text(run)
     for name, n, least in (('items', items, 1),
                            ('old_items', old_items, 1),
                            ('rows', rows, 1),
@@ -518,6 +520,13 @@ def report(run:Run|str|Path|None=None, # a run of `fit`, or the folder in which 
     return Report(dict(found, seconds=time.time() - t0))
 
 # %% ../../nbs/instruments/report.ipynb #0024fa9f
+def _check_text(run) -> None:
+    if run.data.kind == 'image':
+        raise ValueError(f"the rows of {run.data.name} are of kind 'image', and a report asks questions that are text; "
+                         'ftlab.instruments.report.change_of(run) says where the change is and how large, and '
+                         'run.model(**batch) what the model answers; within run.delta.attached.disabled() it '
+                         'is the base')
+
 def _both(run, asked, cache, how) -> tuple[list[dict], list[dict], list[dict]|None]:
     """Return what the base and the tuned model answer;
     if the recipe's decoder draws answers, also what the base answers a second time"""

@@ -199,6 +199,11 @@ def _passes(epochs:float|None, rows:int, batch_size:int, notes:list) -> dict:
     notes.append(epochs_note(epochs, rows, batch_size))
     return dict(steps=steps_of_epochs(epochs, rows, batch_size))
 
+def _said(recipe:Recipe) -> dict:
+    "Return what the settings of a run say of its recipe"
+    unsaid = unsaid_options(recipe)
+    return dict(recipe=recipe.describe()) | (dict(options=unsaid) if unsaid else {})
+
 def _job(model, tok, data, recipe, settings, epochs, device, out, trackers, callbacks) -> Job:
     "Collect what all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data)
@@ -224,9 +229,7 @@ def _job(model, tok, data, recipe, settings, epochs, device, out, trackers, call
              cut_note(validation, data.validation, tok, limit, 'validation')))]
     settings = settings | _passes(epochs, len(rows), settings['batch_size'], notes)
     asked = {k: settings[k] for k in ('lr', 'schedule')}
-    options = dict(options=unsaid) if (unsaid := unsaid_options(recipe)) else {}
-    settings = dict(recipe=recipe.describe(), **options, **settings)
-    settings |= rate_settings(recipe, **asked)
+    settings = _said(recipe) | settings | rate_settings(recipe, **asked)
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
                      model=_mark([base, packed] if packed else base),
