@@ -220,7 +220,8 @@ def test_what_is_no_run_and_no_number_is_refused(monkeypatch):
 
 def test_a_run_on_pictures_has_no_report_and_the_error_says_what_to_call_instead():
     rows = digits.digits()
-    run = fit(digits.fresh('digits-vit'), None, rows, lora(r=2), steps=4, batch_size=8, progress=False)
+    run = fit(digits.fresh('digits-vit'), None, rows, lora(r=2), steps=4, batch_size=8,
+              progress=False)
     with pytest.raises(ValueError, match=r"of kind 'image'.*change_of\(run\).*run.model.*disabled"):
         report(run)
     found = reporting.change_of(run)
