@@ -625,7 +625,7 @@ def _start_text(root:Path, at:Path) -> str:
                         + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
                                     for n, (part, q) in QUESTIONS.items()),
                         f'More: [find a paper]({nbs}/papers/table.ipynb), '
-                        f'[all methods]({nbs}/methods.ipynb), [compare them on your own '
+                        f'[which method?]({nbs}/methods.ipynb), [compare them on your own '
                         f'data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
                         f'papers]({nbs}/papers/scoreboard.ipynb).',
                         '*This page is updated whenever you open a chapter or solve an exercise '
