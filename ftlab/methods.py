@@ -102,7 +102,8 @@ def __getattr__(name):
             f'module {__name__!r} has no attribute {name!r}: {e.args[0]}') from None
 
 def __dir__():
-    return sorted({*globals(), *names()})
+    "What Tab offers: the methods, and the functions of this page"
+    return sorted({*names(), *__all__})
 
 # %% ../nbs/methods.ipynb #000cf769
 def get(text:str|Recipe # 'hft', 'lora(r=4)', 'hft * dft', or a Recipe
