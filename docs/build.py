@@ -36,12 +36,17 @@ def with_quarto(proc:Path, out:Path):
     subprocess.run(['quarto', 'render', str(proc), '--no-execute', '--output-dir', str(out)],
                    check=True)
 
+TEXT = re.compile(r'(?<=>)[^<]+(?=<)')  # between tags, where no attribute is
+POWER = re.compile(r'(?<![\w.#-])(\d[\d.]*e-\d+)')  # 1e-05
+
 def tidied(html:str) -> str:
-    """A page with names for the theme's side bars, and without the colour of names,
-    punctuation and spaces, which is that of all text"""
+    """A page with names for the theme's side bars, without the colour of names, punctuation
+    and spaces, which is that of all text, and with numbers in cells that do not break at their minus"""
     for side, name in (('sidebar-drawer"', 'Pages'), ('toc-drawer', 'On this page')):
         html = html.replace(f'<aside class="{side}', f'<aside aria-label="{name}" class="{side}')
-    return re.sub(r'<span class="[npw]">([^<]*)</span>', r'\1', html)
+    html = re.sub(r'<span class="[npw]">([^<]*)</span>', r'\1', html)
+    return re.sub(r'<t[dh][ >].*?</t[dh]>', lambda cell: TEXT.sub(
+        lambda text: POWER.sub(r'<span class="whole">\1</span>', text[0]), cell[0]), html, flags=re.S)
 
 def with_sphinx(proc:Path, out:Path):
     """A warning is an error:

@@ -71,7 +71,8 @@ class Entry(MarkdownRenderer):
         rows = addressless(parameters(str(table))) if table.has_docment else ''
         return '\n\n'.join(filter(None,
                                   [f'{"#"*self.title_level} {self.nm}',
-                                   f'```python\n{addressless(said)}\n```', self.docs, rows,
+                                   f'```python\n{addressless(said)}\n```',
+                                   self.docs.partition('\n\nParameters:\n')[0], rows,
                                    f'<details class="source"><summary>Source: {file}, line '
                                    f'{start}</summary>\n\n```python\n{"".join(lines).rstrip()}\n```\n\n</details>']))
 

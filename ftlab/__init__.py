@@ -1,5 +1,5 @@
 "Fine-tune language models by published methods, and see what each gained and what it broke"
-import importlib, os
+import importlib, inspect, os, re
 
 # OpenMP threads that spin while they wait can make a step ten times slower on a busy machine;
 # torch reads this when it is first imported
@@ -35,8 +35,24 @@ def __getattr__(name):
     module, attr = _PUBLIC[name]
     module = importlib.import_module(module)
     value = module if attr is None else getattr(module, attr)
+    if inspect.isfunction(value):
+        _explain(value)
     globals()[name] = value
     return value
 
+def _explain(f):
+    """Add the comments beside the parameters to the docstring,
+    since `help` and Shift-Tab show no comments"""
+    try:
+        source = inspect.getsource(f)
+    except OSError:  # installed without its source
+        return
+    said = {}
+    for name, text in re.findall(r'^(?:def \w+\()?[\s*,]*(\w+)\b.*?# (.+)$', source, re.M):
+        if name in inspect.signature(f).parameters:
+            said.setdefault(name, text)
+    if said:
+        f.__doc__ += '\n\nParameters:\n' + '\n'.join(f'    {n}: {t}' for n, t in said.items())
+
 def __dir__():
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC} - {'importlib', 'inspect', 'os', 're'})

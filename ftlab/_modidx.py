@@ -7045,6 +7045,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ftlab.trainers.fit': { 'ftlab.trainers.fit._accelerator': ('trainers/fit.html#_accelerator', 'ftlab/trainers/fit.py'),
                                     'ftlab.trainers.fit._bytes': ('trainers/fit.html#_bytes', 'ftlab/trainers/fit.py'),
                                     'ftlab.trainers.fit._check_arguments': ('trainers/fit.html#_check_arguments', 'ftlab/trainers/fit.py'),
+                                    'ftlab.trainers.fit._check_betas': ('trainers/fit.html#_check_betas', 'ftlab/trainers/fit.py'),
                                     'ftlab.trainers.fit._check_classifier': ( 'trainers/fit.html#_check_classifier',
                                                                               'ftlab/trainers/fit.py'),
                                     'ftlab.trainers.fit._check_kind': ('trainers/fit.html#_check_kind', 'ftlab/trainers/fit.py'),

@@ -101,17 +101,20 @@ def _words(x:float, y:float, text:str, size:float=12, color:str='#222', more:str
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" {more}>{html.escape(text)}</text>'
 
 def _box(x, y, number, noun, color, here) -> str:
-    "One question: its number and noun, the question in at most two lines, the chapters about it"
+    "One question: its number and noun, the question in at most two lines, up to four chapters about it"
     told = [c.title for c in CHAPTERS if noun in c.nouns]
+    if len(told) > 4:
+        told[4:] = [f'and {len(told) - 4} more']
+    lines = [line for title in told for line in textwrap.wrap(title, 27)]
     ask = textwrap.wrap(QUESTIONS[noun][1], 22)
-    out = [f'<rect x="{x}" y="{y}" width="172" height="92" rx="8" '
+    out = [f'<rect x="{x}" y="{y}" width="172" height="118" rx="8" '
            f'fill="{"#fff3d6" if here else "#ffffff"}" stroke="{color}" '
            f'stroke-width="{3 if here else 1.4}"/>',
            _words(x + 10, y + 21, f'{number}  {noun}', 14, color, 'font-weight="bold"')]
     out += [_words(x + 10, y + 39 + 14*i, line) for i, line in enumerate(ask)]
     return '\n'.join(out
-                     + [_words(x + 10, y + 38 + 14*len(ask) + 11*i, t, 11 if len(t) < 30 else 9.5, '#555',
-                               'font-style="italic"') for i, t in enumerate(told[:4])])
+                     + [_words(x + 10, y + 38 + 14*len(ask) + 11*i, line, 11, '#555', 'font-style="italic"')
+                        for i, line in enumerate(lines)])
 
 # %% ../nbs/map.ipynb #000aaabb
 def draw_map(here:Iterable[str]=() # nouns to shade: those of the reader's chapter
@@ -121,12 +124,12 @@ def draw_map(here:Iterable[str]=() # nouns to shade: those of the reader's chapt
         raise ValueError(f'there is no question {wrong[0]!r}; the nine are {", ".join(QUESTIONS)}')
     nouns = list(QUESTIONS)
     tell = '; '.join(f'{i}, {n}: {QUESTIONS[n][1].lower()}' for i, n in enumerate(nouns, 1))
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 352" width="880" height="352" '
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 420" width="880" height="420" '
            'role="img" aria-labelledby="map-title map-text" font-family="system-ui, sans-serif">',
            '<title id="map-title">The nine questions of fine-tuning</title>',
-           f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" height="352" rx="10" fill="#fafafa"/>']
+           f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" height="420" rx="10" fill="#fafafa"/>']
     for row, (part, (label, module, color)) in enumerate(_ROWS.items()):
-        y, mine = 16 + 110*row, [n for n in nouns if QUESTIONS[n][0] == part]
+        y, mine = 16 + 134*row, [n for n in nouns if QUESTIONS[n][0] == part]
         out += [_words(16, y + 42, label, 15, color, 'font-weight="bold"'),
                 _words(16, y + 60, module, 12, '#555', 'font-family="monospace"')]
         out += [_box(144 + 183*i, y, nouns.index(n) + 1, n, color, n in here)
@@ -622,7 +625,7 @@ def _start_text(root:Path, at:Path) -> str:
                         + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
                                     for n, (part, q) in QUESTIONS.items()),
                         f'More: [find a paper]({nbs}/papers/table.ipynb), '
-                        f'[all methods]({nbs}/methods.ipynb), [compare them on your own '
+                        f'[which method?]({nbs}/methods.ipynb), [compare them on your own '
                         f'data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
                         f'papers]({nbs}/papers/scoreboard.ipynb).',
                         '*This page is updated whenever you open a chapter or solve an exercise '

@@ -1,4 +1,5 @@
 "The model card: nothing made up, nothing from another run, nothing of this machine, and no markup of the user"
+import pytest
 import json
 from dataclasses import replace
 import yaml
@@ -193,3 +194,9 @@ def test_the_command_line_writes_a_card_in_each_form(tmp_path, monkeypatch, caps
     assert 'AutoPeftModelForCausalLM.from_pretrained' in text
     assert cli.main('export run --out adapter'.split()) == 1
     assert 'not empty' in capsys.readouterr().err
+
+def test_what_is_no_run_is_not_exported(tmp_path):
+    import ftlab
+    with pytest.raises(TypeError, match='run is 42; give what ftlab.fit returned'):
+        ftlab.export(42, tmp_path/'out')
+    assert not (tmp_path/'out').exists()

@@ -294,6 +294,24 @@ def test_methods_and_skills(call):
     code, out, err = call('skills --model {d}/lm')
     assert code == 1 and 'does not speak the words of the lab' in err
 
+def test_the_package_runs_as_the_command():
+    told = subprocess.run([sys.executable, '-m', 'ftlab', '--help'], capture_output=True, text=True)
+    assert told.returncode == 0 and told.stdout.startswith('usage: ftlab [-h] COMMAND')
+
+def test_help_and_tab_tell_what_a_newcomer_needs():
+    "The comments beside the parameters, as the site's tables have them; no module that ftlab only uses"
+    import inspect
+    from fastcore.docments import docments
+    for f in filter(inspect.isfunction, (getattr(ftlab, name) for name in ftlab.__all__)):
+        told = dict(line.strip().split(': ', 1)
+                    for line in inspect.getdoc(f).partition('Parameters:\n')[2].splitlines())
+        said = {k: v for k, v in docments(f).items() if v and k != 'return'}
+        beside = {k for k in said if k not in told and said[k] in told.values()} # two on one line
+        assert {k: told.get(k) for k in said if k not in beside} == {
+            k: said[k] for k in said if k not in beside}, f.__name__
+    assert set(dir(ftlab)) >= set(ftlab.__all__) and not {'os', 're', 'importlib'} & set(dir(ftlab))
+    assert set(dir(ftlab.methods)) >= {'full', 'lora', 'get'} and 'lru_cache' not in dir(ftlab.methods)
+
 # ---- wrong input: one line, the right exit code, nothing on standard output, no traceback
 WRONG = {
     'unknown method': (f'compare {LM} --methods full,lorra', 1, ['lorra', 'did you mean lora']),

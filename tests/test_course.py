@@ -441,12 +441,26 @@ def test_the_drawing_is_the_one_that_is_kept_and_can_be_read_aloud():
     svg = (NBS/'images'/'map.svg').read_text(encoding='utf-8')
     assert svg == draw_map(), 'run nbs/map.ipynb'
     tree = et.fromstring(svg)
-    text = ' '.join(tree.itertext())
+    text = ' '.join(' '.join(tree.itertext()).split())
     assert (tree.get('role') == 'img' and all(n in text for n in QUESTIONS)
             and all(c.title in text for c in CHAPTERS if c.nouns))
     assert 'href' not in svg and draw_map(['probe']) != svg
     with pytest.raises(ValueError, match="no question 'prob'"):
         draw_map(['prob'])
+
+def test_what_a_box_of_the_drawing_says_lies_inside_it():
+    "Reckoned with letters of half their size and a little, which is what the usual fonts have"
+    import xml.etree.ElementTree as et
+    tree = et.fromstring(draw_map())
+    n = '{http://www.w3.org/2000/svg}'
+    boxes = [[float(r.get(k)) for k in ('x', 'y', 'width', 'height')]
+             for r in tree.iter(f'{n}rect') if r.get('x')]
+    assert len(boxes) == len(QUESTIONS)
+    for t in tree.iter(f'{n}text'):
+        x, y, size = (float(t.get(k)) for k in ('x', 'y', 'font-size'))
+        for bx, by, w, h in boxes:
+            if bx <= x < bx + w and by <= y <= by + h + 20:
+                assert x + .52*size*len(t.text) < bx + w and y + 3 < by + h, t.text
 
 def test_the_first_line_of_a_chapter(tmp_path, monkeypatch):
     "In its own folder with links; copied elsewhere without, as they would lead nowhere"

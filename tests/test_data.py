@@ -290,12 +290,18 @@ def test_few_rows_are_reported_not_invented():
     with pytest.raises(ValueError, match='give more rows'):
         data([next(r for r in QA if split_of(r['prompt']) == 'test')])
 
+def test_no_source_is_named():
+    with pytest.raises(ValueError, match='source is None; give a path, a list of dicts'):
+        data(None)
+
 def test_a_skill_that_is_none_is_named():
     import ftlab
     with pytest.raises(KeyError, match="no skill is called 'srot'; there are: .*did you mean 'sort'"):
         ftlab.skills('lab-s', 1, names=['srot'])
     with pytest.raises(TypeError, match=r"names is 'sort'; give a list .*\['sort'\]"):
         ftlab.skills('lab-s', 1, names='sort')
+    with pytest.raises(ValueError, match="n is 'x'; it must be a whole number of at least 1"):
+        ftlab.skills('lab-s', 'x')
     with pytest.raises(AttributeError, match="no attribute 'htf'.*did you mean hft"):
         ftlab.methods.htf
 

@@ -292,6 +292,11 @@ def test_no_notebook_is_too_heavy(tmp_path):
     assert ([f.split()[0] for f in found] == ['heavy.html', 'heavy.ipynb']
             and '400 kB, and 300 are the limit' in found[1])
 
+def test_a_number_in_a_cell_stays_in_one_piece():
+    tidy = build.tidied('<p>1e-3</p><svg><path d="M 1e-3"/></svg><td title="1e-3">1e-3 to <b>2.5e-05</b> lab-1e-3</td>')
+    assert tidy == ('<p>1e-3</p><svg><path d="M 1e-3"/></svg><td title="1e-3"><span class="whole">1e-3</span> to '
+                    '<b><span class="whole">2.5e-05</span></b> lab-1e-3</td>')
+
 def test_a_page_loses_nothing_when_it_is_tidied():
     code = ('<div class="highlight"><pre><span class="k">def</span><span class="w"> </span><span '
             'class="nf">f</span><span class="p">(</span><span class="n">x</span><span '

@@ -227,6 +227,10 @@ def test_bf16_rollouts_are_priced_as_they_are_trained():
      (dict(callbacks=[First]), 'callbacks holds the class First; it must hold objects of it'),
      (dict(callbacks=[Misspelt()]), "'after_stepp' is no event, did you mean 'after_step'"),
      (dict(lr='abc'), "lr is 'abc'.*1e-3"),
+     (dict(betas=.9), r'betas is 0.9; it must be two numbers from 0 to below 1, such as \(.9, .999\)'),
+     (dict(betas=(.9, 1.)), r'betas is \(0.9, 1.0\)'),
+     (dict(resume='yes', out='x'), "resume is 'yes'; it must be True, False or None"),
+     (dict(out=3), 'out is 3; it must be the path of a folder'),
      (dict(lr=math.nan), 'lr is nan'),
      (dict(lr=-1.), 'lr is -1.0'),
      (dict(batch_size=8, accumulate=3), 'batch_size is 8 and accumulate 3'),
@@ -262,6 +266,8 @@ def test_what_is_no_model_or_no_recipe_is_named():
             tune(recipe, m)
     with pytest.raises(TypeError, match="model is 'lab-s'.*ftlab.load"):
         tune(None, 'lab-s')
+    with pytest.raises(TypeError, match="tok is 'lab-s'; fit takes a loaded tokenizer"):
+        fit(m, 'lab-s', lab_data())
     with pytest.raises(TypeError, match=r'model is a tuple of 2;.*pass \*ftlab.load\(...\), or model, tok'):
         fit((m, TOK), lab_data())
     with pytest.raises(TypeError, match='data is None; fit takes a loaded model, its tokenizer and the data'):

@@ -110,3 +110,15 @@ def test_prompts_may_bring_tools():
                                                        add_generation_prompt=True)
     with pytest.raises(ValueError, match='half a surrogate pair'):
         render(['\ud83d'], tok)
+
+@pytest.mark.parametrize('prompts', [None, 3, [], 'one prompt'])
+def test_what_is_no_list_of_prompts_is_named(prompts):
+    import ftlab
+    with pytest.raises(ValueError, match=r'prompts is .*; it must be a list of at least one prompt'):
+        ftlab.generate(*ftlab.load('lab-s'), prompts)
+
+def test_a_model_in_the_place_of_its_tokenizer_is_named():
+    import ftlab
+    model, tok = ftlab.load('lab-s')
+    with pytest.raises(TypeError, match='tok is a model; give the loaded model and its tokenizer'):
+        ftlab.generate(tok, model, ['a'])

@@ -496,6 +496,8 @@ def data(source,               # a path or several, a `datasets` object or its n
     HH-RLHF's two dialogues, Capybara's conversation,
     text and label, or text. `Data.note` and `Data.counts` say what was renamed, joined, left out and carried along.
     Raises `ValueError` or `FileNotFoundError` that names file and line and says how to fix it."""
+    if source is None:
+        raise ValueError('source is None; give a path, a list of dicts, a datasets.Dataset, or a lab skill by name')
     if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
         raise ValueError(f'n is {n!r}; it must be a whole number of at least 1')
     reading = _reading(columns, carry, wanted, empty)

@@ -4,9 +4,11 @@
 
 # %% ../../nbs/core/generate.ipynb #0003d6cd
 from __future__ import annotations
+from collections.abc import Iterable
 import torch
 from .model import answer_room, device_of, evaluating
 from .template import chat_prompt, end_of_turn
+from .text import shortened
 from .tokens import outer_ids, token_ids
 
 # %% auto #0
@@ -85,6 +87,10 @@ def answers_and_ends(model, tok, prompts:list, # this and all others as in `gene
                      batch_size:int=200, generator_seed:int|None=None
                     ) -> list[tuple[str, bool]]: # (answer, whether it ended before it was cut)
     "Answer as `generate` does, and say of each answer whether the model ended it by itself"
+    if isinstance(tok, torch.nn.Module):
+        raise TypeError('tok is a model; give the loaded model and its tokenizer, in this order')
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable) or not (prompts := list(prompts)):
+        raise ValueError(f'prompts is {shortened(repr(prompts), 60)}; it must be a list of at least one prompt')
     ids, longest = render_within(prompts, tok, max_new_tokens, model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out = [None]*len(ids)

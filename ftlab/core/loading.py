@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -29,7 +30,7 @@ from .lab import lab
 from .model import TABLE, notes_of
 from .peft_folder import TASKS, base_named, fold, read_adapter, rows_needed
 from .new_tokens import add_to, give_rows, given_tokens, tokens_json
-from .text import did_you_mean
+from .text import did_you_mean, shortened
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'IN_TEXT', 'HEADS', 'OTHER_LOSSES', 'OTHER_HEADS', 'UNBUILT',
@@ -667,6 +668,9 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     also warned of. `head='exact'` keeps a head only if the labels are the same in the same order, as
     version 0.1 did. Raises `FileNotFoundError` if the model is not found and `ValueError` if it is
     found but wrong. `quantize` needs the package bitsandbytes, else that is an `ImportError`."""
+    if not isinstance(name, (str, PathLike)):
+        raise TypeError(f'name is {shortened(repr(name), 60)}; it must be a lab model, a folder, a .gguf file '
+                        'or a Hugging Face id, such as "lab-s"')
     _ready_for(quantize)
     if adapter := _adapter_in(name, revision, base):
         _whole_with(adapter, quantize)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
+from numbers import Integral
 import torch
 import torch.nn.functional as F
 from .batches import collate
@@ -17,6 +18,7 @@ from .labels import numbered
 from .loading import load
 from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from .lab import lab, lab_skill
+from .text import shortened
 
 # %% auto #0
 __all__ = ['WORLD', 'answer_length', 'without_opening', 'answers', 'judge', 'answer_scores', 'exact_match', 'skills',
@@ -89,6 +91,8 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
     `names`, and `ValueError` for a model without its tokenizer, or one that cannot write answers."""
     if isinstance(names, str):
         raise TypeError(f'names is {names!r}; give a list of skills, such as [{names!r}]')
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+        raise ValueError(f'n is {shortened(repr(n), 60)}; it must be a whole number of at least 1')
     if isinstance(model, str):
         model, tok = load(model)
     if tok is None:

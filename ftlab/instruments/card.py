@@ -20,6 +20,7 @@ from ..core.mix import read_again
 from ..core.model import notes_of
 from ..core.new_tokens import new_rows, new_tokens
 from ..core.record import digest, versions
+from ..core.text import shortened
 from ..evaluators.forgetting import change_in_words
 from ..methods import get
 from ..trainers.run import NOT_ITS_FILES, Run
@@ -358,7 +359,10 @@ def exported(run:Run,
              dtype:str|None=None, # of a GGUF file
              **given            # go to `card`: record, report, title
             ) -> Path:
-    "Export a run as `Run.export` does, with a model card in the folder"
+    "Export a run as `Run.export` does, with a model card in the folder; raises `TypeError` for another thing"
+    if not isinstance(run, Run):
+        raise TypeError(f'run is {shortened(repr(run), 60)}; give what ftlab.fit returned; a folder that ftlab '
+                        'fit wrote is exported by ftlab export FOLDER')
     made = run.export(folder, form, dtype)
     if made.is_dir():
         write_card(run, made, form=form, **given)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import uuid
 import warnings
 from array import array
@@ -84,7 +85,7 @@ def fit(model,                     # changed in place: a causal language model, 
     model has the last good weights, and the error's attribute `run` is the Run so far. After any
     other error the model is as it was before the call. If a later checkpoint does not fit on the
     disk, `fit` warns and goes on. Under torchrun several processes share the run."""
-    _check_model(model, data, recipe)
+    _check_model(model, tok, data, recipe)
     if gradient_checkpointing:
         check_checkpointing(model)
     check_length(steps, epochs)
@@ -92,6 +93,7 @@ def fit(model,                     # changed in place: a causal language model, 
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, warmup=warmup,
                    seed=seed, save_every=save_every, max_length=max_length,
                    evaluate_every=evaluate_every)
+    _check_betas(betas)
     callbacks = _checked_callbacks(callbacks)
     settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr,
                     schedule=schedule, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
@@ -115,7 +117,7 @@ def fit(model,                     # changed in place: a causal language model, 
     return run
 
 # %% ../../nbs/trainers/fit.ipynb #001b191a
-def _check_model(model, data, recipe) -> None:
+def _check_model(model, tok, data, recipe) -> None:
     "Raise `TypeError` for a wrong type, `ValueError` for a model that already carries a change"
     if isinstance(model, tuple):
         raise TypeError(f'model is a tuple of {len(model)}; fit takes a loaded model and its tokenizer as two '
@@ -123,6 +125,8 @@ def _check_model(model, data, recipe) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f'model is {shortened(repr(model), 60)}; fit takes a loaded model and its '
                         "tokenizer, such as model, tok = ftlab.load('lab-s')")
+    if isinstance(tok, (str, os.PathLike)):
+        raise TypeError(f'tok is {str(tok)!r}; fit takes a loaded tokenizer, the second value of ftlab.load')
     if data is None:
         raise TypeError('data is None; fit takes a loaded model, its tokenizer and the data, in this order')
     if recipe is not None and not isinstance(recipe, Recipe):
@@ -153,10 +157,21 @@ def _check_arguments(lr, weight_decay, clip, save_every:int, resume:bool|None, o
     for name, value in dict(weight_decay=weight_decay, clip=0 if clip is None else clip).items():
         if not isinstance(value, Real) or not value >= 0:
             raise ValueError(f'{name} is {value!r}; it must be a number of at least 0')
+    if resume not in (True, False, None):
+        raise ValueError(f'resume is {shortened(repr(resume), 60)}; it must be True, False or None')
+    if out is not None and not isinstance(out, (str, os.PathLike)):
+        raise ValueError(f'out is {shortened(repr(out), 60)}; it must be the path of a folder')
     if (resume or save_every) and not out:
         raise ValueError('resume and save_every need out=, the folder for checkpoints')
     if out:
         check_room(out) # before the model is touched
+
+def _check_betas(betas) -> None:
+    "Raise `ValueError` unless they are two numbers from 0 to below 1"
+    pair = isinstance(betas, (list, tuple)) and len(betas) == 2
+    if not pair or not all(isinstance(b, Real) and 0 <= b < 1 for b in betas):
+        raise ValueError(f'betas is {shortened(repr(betas), 60)}; it must be two numbers from 0 to below 1, '
+                         'such as (.9, .999)')
 
 _EVENTS = ('before_load', 'before_fit', 'before_batch', 'after_backward', 'after_step', 'after_fit')
 

@@ -140,6 +140,18 @@ def test_nothing_scrolls_sideways_on_any_screen(tab, site, path):
         wide += [(width, seen)]*(seen > width)
     assert not wide, wide
 
+@pytest.mark.parametrize('width', [390, 1280])
+def test_no_name_breaks_inside_a_table(tab, site, width):
+    "A name in code stands on one line; where the table is too wide for the page, it scrolls"
+    broken = []
+    for path in ('methods.html', 'adapters/subsets/index.html', 'trainers/losses/index.html',
+                 'instruments/checks/index.html', 'papers/table.html'):
+        page = tab(site/path, viewport=dict(width=width, height=900))
+        broken += [(path, name) for name in page.evaluate('''[...document.querySelectorAll('td code, th code')]
+            .filter(e => new Set([...e.getClientRects()].map(r => Math.round(r.top))).size > 1)
+            .map(e => e.textContent)''')]
+    assert not broken, broken
+
 def test_a_page_that_is_not_there(tab, site):
     "The 404 has two ways out, from the file system, too"
     for link, name in ((0, 'index.html'), (1, 'search.html')):
