@@ -45,8 +45,8 @@ def tidied(html:str) -> str:
     for side, name in (('sidebar-drawer"', 'Pages'), ('toc-drawer', 'On this page')):
         html = html.replace(f'<aside class="{side}', f'<aside aria-label="{name}" class="{side}')
     html = re.sub(r'<span class="[npw]">([^<]*)</span>', r'\1', html)
-    return re.sub(r'<t[dh][ >].*?</t[dh]>', lambda cell: TEXT.sub(
-        lambda text: POWER.sub(r'<span class="whole">\1</span>', text[0]), cell[0]), html, flags=re.S)
+    whole = lambda text: POWER.sub(r'<span class="whole">\1</span>', text[0])
+    return re.sub(r'<t[dh][ >].*?</t[dh]>', lambda cell: TEXT.sub(whole, cell[0]), html, flags=re.S)
 
 def with_sphinx(proc:Path, out:Path):
     """A warning is an error:

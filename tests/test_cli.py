@@ -310,7 +310,8 @@ def test_help_and_tab_tell_what_a_newcomer_needs():
         assert {k: told.get(k) for k in said if k not in beside} == {
             k: said[k] for k in said if k not in beside}, f.__name__
     assert set(dir(ftlab)) >= set(ftlab.__all__) and not {'os', 're', 'importlib'} & set(dir(ftlab))
-    assert set(dir(ftlab.methods)) >= {'full', 'lora', 'get'} and 'lru_cache' not in dir(ftlab.methods)
+    offered = set(dir(ftlab.methods))
+    assert offered >= {'full', 'lora', 'get'} and 'lru_cache' not in offered
 
 # ---- wrong input: one line, the right exit code, nothing on standard output, no traceback
 WRONG = {

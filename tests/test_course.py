@@ -38,6 +38,16 @@ QUICK = [e for e in EXERCISES if e.name not in ('teach_zigzag', 'compare_and_cho
 MISTAKES = [pytest.param(e, *m, id=f'{e.name}-{i}') for e in EXERCISES
             for i, m in enumerate(e.mistakes)]
 
+# --- what a reader sees first
+
+@pytest.mark.parametrize('chapter', sorted((NBS/'course').glob('*.ipynb')), ids=lambda f: f.stem)
+def test_what_the_site_hides_is_folded_in_jupyterlab(chapter):
+    hidden = [c for c in json.loads(chapter.read_text())['cells']
+              if ''.join(c['source']).startswith('#| hide')]
+    shown = [c['id'] for c in hidden if not c['metadata'].get('jupyter', {}).get('source_hidden')]
+    assert not shown, (f'cells {", ".join(shown)} draw or assert for the page; fold their source: '
+                       '"jupyter": {"source_hidden": true} in their metadata')
+
 # --- every exercise
 
 def test_every_chapter_has_exercises_and_every_exercise_a_chapter():

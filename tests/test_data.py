@@ -293,6 +293,8 @@ def test_few_rows_are_reported_not_invented():
 def test_no_source_is_named():
     with pytest.raises(ValueError, match='source is None; give a path, a list of dicts'):
         data(None)
+    with pytest.raises(ValueError, match='the dictionary is empty; its keys must be train'):
+        data({})
 
 def test_a_skill_that_is_none_is_named():
     import ftlab
@@ -302,6 +304,8 @@ def test_a_skill_that_is_none_is_named():
         ftlab.skills('lab-s', 1, names='sort')
     with pytest.raises(ValueError, match="n is 'x'; it must be a whole number of at least 1"):
         ftlab.skills('lab-s', 'x')
+    with pytest.raises(TypeError, match='model is 42; give a lab model by name'):
+        ftlab.skills(42)
     with pytest.raises(AttributeError, match="no attribute 'htf'.*did you mean hft"):
         ftlab.methods.htf
 

@@ -114,7 +114,7 @@ def test_prompts_may_bring_tools():
 @pytest.mark.parametrize('prompts', [None, 3, [], 'one prompt'])
 def test_what_is_no_list_of_prompts_is_named(prompts):
     import ftlab
-    with pytest.raises(ValueError, match=r'prompts is .*; it must be a list of at least one prompt'):
+    with pytest.raises(ValueError, match='it must be a list of at least one prompt'):
         ftlab.generate(*ftlab.load('lab-s'), prompts)
 
 def test_a_model_in_the_place_of_its_tokenizer_is_named():

@@ -131,7 +131,7 @@ def lab(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(loading.lab_folder, '__defaults__', (None, tmp_path))
     return tmp_path
 
-@pytest.mark.parametrize('name', [42, None, ['lab-s']])
+@pytest.mark.parametrize('name', [42, None, ['lab-s'], ''])
 def test_a_name_of_another_type_is_told_from_a_model_that_is_not_there(name):
     with pytest.raises(TypeError, match='it must be a lab model, a folder, a .gguf file or a Hugging Face id'):
         load(name)

@@ -313,8 +313,8 @@ def _parts(source, notes:Notes) -> dict:
         return _known_splits(source, notes)
     unknown = [k for k in source if k not in NAMED]
     if unknown or 'train' not in source:
-        raise ValueError(f'the dictionary has the keys {", ".join(map(str, source))}; they must be '
-                         'train and, optionally, validation and test')
+        has = f'has the keys {", ".join(map(str, source))}' if source else 'is empty'
+        raise ValueError(f'the dictionary {has}; its keys must be train and, optionally, validation and test')
     return _one_each(source)
 
 def _one_each(source:Mapping) -> dict:

@@ -89,7 +89,8 @@ def answers_and_ends(model, tok, prompts:list, # this and all others as in `gene
     "Answer as `generate` does, and say of each answer whether the model ended it by itself"
     if isinstance(tok, torch.nn.Module):
         raise TypeError('tok is a model; give the loaded model and its tokenizer, in this order')
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable) or not (prompts := list(prompts)):
+    many = isinstance(prompts, Iterable) and not isinstance(prompts, str)
+    if not many or not (prompts := list(prompts)):
         raise ValueError(f'prompts is {shortened(repr(prompts), 60)}; it must be a list of at least one prompt')
     ids, longest = render_within(prompts, tok, max_new_tokens, model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

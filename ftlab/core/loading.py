@@ -668,7 +668,7 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     also warned of. `head='exact'` keeps a head only if the labels are the same in the same order, as
     version 0.1 did. Raises `FileNotFoundError` if the model is not found and `ValueError` if it is
     found but wrong. `quantize` needs the package bitsandbytes, else that is an `ImportError`."""
-    if not isinstance(name, (str, PathLike)):
+    if not isinstance(name, (str, PathLike)) or not str(name):
         raise TypeError(f'name is {shortened(repr(name), 60)}; it must be a lab model, a folder, a .gguf file '
                         'or a Hugging Face id, such as "lab-s"')
     _ready_for(quantize)

@@ -95,6 +95,8 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
         raise ValueError(f'n is {shortened(repr(n), 60)}; it must be a whole number of at least 1')
     if isinstance(model, str):
         model, tok = load(model)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f'model is {shortened(repr(model), 60)}; give a lab model by name, or a loaded model and tok')
     if tok is None:
         raise ValueError('a model was given without its tokenizer; call skills(model, tok=tok)')
     if decode is None and not model.can_generate():
