@@ -1,7 +1,7 @@
 """An edit in one late matrix beside LoRA, a sparse change and full fine-tuning: the claim in bench/edits.toml.
 
     python bench/edits.py room      # the rates and the room, on the tuning seeds alone
-    python bench/edits.py           # all of it, about 16 CPU-minutes: writes bench/results/edits.json
+    python bench/edits.py           # all of it, about 18 CPU-minutes: writes bench/results/edits.json
 
 It is judged by the rule of every claim (nbs/instruments/verdicts.ipynb), and is no paper's claim: LocFT-BF's
 own (claims/locft_bf) asks for order, batch and place, this one for what trains. The edits, the questions
