@@ -1,7 +1,7 @@
 """An edit in one late matrix beside LoRA, a sparse change and full fine-tuning: the claim in bench/edits.toml.
 
     python bench/edits.py room      # the rates and the room, on the tuning seeds alone
-    python bench/edits.py           # all of it, about 18 CPU-minutes: writes bench/results/edits.json
+    python bench/edits.py           # all of it, about 24 CPU-minutes: writes bench/results/edits.json
 
 It is judged by the rule of every claim (nbs/instruments/verdicts.ipynb), and is no paper's claim: LocFT-BF's
 own (claims/locft_bf) asks for order, batch and place, this one for what trains. The edits, the questions
@@ -14,27 +14,27 @@ from functools import cache
 from pathlib import Path
 import torch
 import ftlab
-from ftlab.adapters.editing.locft_bf import locft_bf, one_place
+from ftlab.adapters.editing.locft_bf import locft_bf
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.yardsticks.few import shira
 from ftlab.core.io import write_atomically
 from ftlab.core.recipe import Recipe
-from ftlab.instruments.claims import named_claim, run_claim, script_of, tuned_part
+from ftlab.instruments.claims import named_claim, own_code, run_claim, script_of, tuned_part
 from ftlab.instruments.verdicts import Claim, read_claim, room
 
 OUT = Path(__file__).parent/'results'/'edits.json'
-RANK = 32
+RANK, WIDE = 32, 64
 MATRIX, BLOCKS = 128*320, 4*(4*128*128 + 3*128*320) # entries: of the late matrix, of all in blocks
 
 def trained(method:Recipe) -> Recipe:
     "Return LocFT-BF, but with what another method trains"
     return replace(locft_bf(), select=method.select, delta=method.delta)
 
-def low_rank() -> Recipe:
-    return lora(r=RANK, alpha=2*RANK) # twice the rank, as by default
+def low_rank(rank:int=RANK) -> Recipe:
+    return lora(r=rank, alpha=2*rank) # twice the rank, as by default
 
 ARMS = dict(matrix=locft_bf, full=lambda: trained(Recipe('full')), lora=lambda: trained(low_rank()),
-            lora_there=lambda: trained(replace(low_rank(), select=one_place())),
+            lora_64=lambda: trained(low_rank(WIDE)),
             sparse=lambda: trained(shira(MATRIX/BLOCKS)))
 
 @cache
@@ -79,7 +79,8 @@ def main() -> None:
         for row in tuned_part(claim(), say)[1]:
             print(f'{row["name"]}: {room(row) or "room"}')
         return
-    result = run_claim(claim(), say, write=False)
+    of = own_code(named_claim('locft_bf')) # the edits, the questions and the measure are that claim's
+    result = run_claim(claim(), say, write=False) | dict(first=of)
     write_atomically(OUT, lambda tmp: tmp.write_text(json.dumps(result, indent=1) + '\n'))
     print(f'{result["verdict"]} {result["reason"]}'.strip())
 
