@@ -1,4 +1,5 @@
 "locft_bf: what its page cannot say about itself"
+import json
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -14,8 +15,9 @@ from ftlab.core.batches import collate
 from ftlab.core.data import data as as_data
 from ftlab.core.recipe import Recipe
 from ftlab.core.tokens import encode_all
-from ftlab.instruments.claims import SENSITIVITY_SEEDS, named_claim, read_result
+from ftlab.instruments.claims import SENSITIVITY_SEEDS, named_claim, own_code, read_result
 from ftlab.instruments.rates import SEEDS
+from ftlab.instruments.verdicts import check_reviewed, judged
 from ftlab.lab.world import LabWorld
 from ftlab.trainers.fit import fit
 
@@ -253,3 +255,20 @@ def test_other_edits_are_asked_on_seeds_of_their_own_and_beside_the_first_claim(
              if 'value' in c['trivial']}
     assert given == {k: round(fmean(c['depth_1@0.001'][k] for c in cells), 3) for k in given}
     assert set(given) == {'forgetting', 'locality'}
+
+
+def test_the_result_on_other_edits_belongs_to_its_script_and_follows_from_its_cells():
+    found, claim = json.loads(other_edits.OUT.read_text()), other_edits.claim()
+    check_reviewed(claim)
+    assert found['code'] == own_code(claim), 'the claim or its script changed: run it again'
+    assert found['first'] == own_code(named_claim('locft_bf')), 'its edits or its measure changed'
+    assert (found['verdict'], found['reason']) == judged(found)
+    spec = claim.spec
+    assert (found['sentence'], found['seeds']) == (spec['sentence'], spec['seeds'])
+    assert len(found['contrasts']) == len(spec['contrast'])
+    for said, row in zip(spec['contrast'], found['contrasts']):
+        assert [row['name'], *row['arms']] == [said['name'], said['treatment'], said['baseline']]
+        for side, arm in zip(('treatment', 'baseline'), row['arms']):
+            of = [c[f'{arm}@{row["rates"][arm]:g}'] for c in found['cells'].values()]
+            assert row[side] == pytest.approx([c[row['metric']] for c in of], abs=1e-6)
+            assert not any(c['error'] for c in of)
