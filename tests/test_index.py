@@ -59,7 +59,7 @@ def test_a_family_says_whether_its_papers_are_compared_and_if_none_is_built():
         for name in project.families(part):
             page, keys = f'{part}/{name}/index.ipynb', project.keys(part, name)
             table = said(page, 'papers')
-            alone = bool(keys) and name not in index.FAMILIES
+            alone = bool(keys) and name not in index.COMPARED
             assert ('No shared comparison yet' in table) == alone, page
             assert ('No paper of this family is built yet' in table) == (not keys), page
             assert (f'          - {page}\n' in MADE['_quarto.yml']) == (not keys), page

@@ -42,6 +42,7 @@ NEEDS = ('you try for the first time', 'gradients and optimizer state do not fit
          'you have better and worse answers to the same prompts',
          'plain fine-tuning on your answers has stopped helping', 'the model is too large to train',
          'several tuned models should become one')
+COMPARED = {*FAMILIES, 'editing'} # families with a comparison on their page (editing's is of bench/edits.py)
 ASKS = dict(select='which parameters may change', delta='how the change is represented',
             edit='what is done to the change afterwards',
             source='what the model sees', objective='what the loss is',
@@ -354,7 +355,7 @@ def family(p: Project, part: str, name: str) -> str:
     listed = [e for e in catalogue().values() if (e['home'], e['family']) == (part, name)]
     said = (_table('paper', 'what it claims', 'title', 'verdict here', rows=rows) if rows else
             f'**No paper of this family is built yet.** The catalogue has {len(listed)}.')
-    if rows and name not in FAMILIES:
+    if rows and name not in COMPARED:
         said += ('\n\n**No shared comparison yet.** Each verdict comes from an experiment of its own, with its own '
                  'data, steps and measure, so two verdicts do not say which method is better. '
                  '[Which method?](../../methods.ipynb) lists the comparisons that there are.')

@@ -1,4 +1,8 @@
 "locft_bf: what its page cannot say about itself"
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 import pytest
 import torch
@@ -11,8 +15,14 @@ from ftlab.core.batches import collate
 from ftlab.core.data import data as as_data
 from ftlab.core.recipe import Recipe
 from ftlab.core.tokens import encode_all
+from ftlab.instruments.claims import SENSITIVITY_SEEDS, named_claim, own_code, read_result
+from ftlab.instruments.rates import SEEDS
+from ftlab.instruments.verdicts import check_reviewed, judged
 from ftlab.lab.world import LabWorld
 from ftlab.trainers.fit import fit
+
+sys.path.append(str(Path(__file__).parents[2]/'bench'))
+import edits as other_edits  # noqa: E402
 
 PLACE = 'model.layers.1.mlp.down_proj.weight'
 
@@ -225,3 +235,40 @@ def test_full_fine_tuning_has_the_same_loss_on_answers_of_one_length():
     assert [round(r['loss'], 5) for r in ours.log] == [round(r['loss'], 5) for r in plain.log]
     labels = collate(encode_all(fact_edits(3).rows, TOK, 'text'), 0)['labels']
     assert labels.ne(-100).sum(1).tolist() == [2]*3
+
+
+# ---------- beside other edits (bench/edits.py)
+
+def test_other_edits_differ_in_what_trains_alone():
+    wrong = [k for k, ok in other_edits.identities().items() if not ok]
+    assert not wrong and len(other_edits.ARMS) == 5
+
+
+def test_other_edits_are_asked_on_seeds_of_their_own_and_beside_the_first_claim():
+    claim, first = other_edits.claim(), named_claim('locft_bf')
+    assert not set(claim.spec['seeds']) & {*first.spec['seeds'], *SEEDS, *SENSITIVITY_SEEDS}
+    assert set(claim.spec['arms']) == {*other_edits.ARMS, 'base'} and claim.runs
+    of = other_edits.first()
+    assert claim.spec['steps'] == of.PASSES and len(of.edits_of(25, 'test').rows) == of.EDITS
+    cells = read_result(first)['cells'].values()
+    given = {c['metric']: c['trivial']['value'] for c in claim.spec['contrast']
+             if 'value' in c['trivial']}
+    assert given == {k: round(fmean(c['depth_1@0.001'][k] for c in cells), 3) for k in given}
+    assert set(given) == {'forgetting', 'locality'}
+
+
+def test_the_result_on_other_edits_belongs_to_its_script_and_follows_from_its_cells():
+    found, claim = json.loads(other_edits.OUT.read_text()), other_edits.claim()
+    check_reviewed(claim)
+    assert found['code'] == own_code(claim), 'the claim or its script changed: run it again'
+    assert found['first'] == own_code(named_claim('locft_bf')), 'its edits or its measure changed'
+    assert (found['verdict'], found['reason']) == judged(found)
+    spec = claim.spec
+    assert (found['sentence'], found['seeds']) == (spec['sentence'], spec['seeds'])
+    assert len(found['contrasts']) == len(spec['contrast'])
+    for said, row in zip(spec['contrast'], found['contrasts']):
+        assert [row['name'], *row['arms']] == [said['name'], said['treatment'], said['baseline']]
+        for side, arm in zip(('treatment', 'baseline'), row['arms']):
+            of = [c[f'{arm}@{row["rates"][arm]:g}'] for c in found['cells'].values()]
+            assert row[side] == pytest.approx([c[row['metric']] for c in of], abs=1e-6)
+            assert not any(c['error'] for c in of)
