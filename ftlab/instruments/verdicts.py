@@ -10,6 +10,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -273,8 +274,12 @@ class Claim:
         return 'real' if self.real else 'result'
 
 def _defines(path, name) -> bool:
-    body = ast.parse(path.read_text(encoding='utf-8')).body
-    return any(isinstance(n, ast.FunctionDef) and n.name == name for n in body)
+    return name in _functions(path.read_text(encoding='utf-8'))
+
+@lru_cache(None)
+def _functions(source:str) -> frozenset[str]:
+    "Return the names of a script's own functions; it is asked for them many times"
+    return frozenset(n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
 
 # %% ../../nbs/instruments/verdicts.ipynb #001308ff
 def read_claim(folder:str|Path,
