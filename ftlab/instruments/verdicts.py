@@ -540,12 +540,15 @@ def closure(marks:Mapping[str, list[str]],  # {module: names of its marked defin
            ) -> dict[str, str]:             # name -> tree as text
     "Collect what a paper's marked definitions consist of. Two definitions of one name are both kept"
     todo, seen, recorded = [(m, n) for m, names in marks.items() for n in names], {}, set(recorded)
+    parsed = {}
     while todo:
         module, name = todo.pop()
         if (module, name) in seen:
             continue
-        source = read(module)
-        home, from_elsewhere = definitions(source), imports(source, module)
+        if module not in parsed:
+            source = read(module)
+            parsed[module] = definitions(source), imports(source, module)
+        home, from_elsewhere = parsed[module]
         if name in home:
             node = bare(home[name])
             seen[module, name] = dumped(node)
