@@ -115,8 +115,8 @@ class Tuned:
     def repeated(self):
         free = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in toy().named_parameters()}
         run = tune(selecting(self.recipe, free), lr=1e-2)
-        return SimpleNamespace(run=run, free=free, parameters=parameters(run), logits=logits(run.model),
-                               weights=weights(run.model))
+        return SimpleNamespace(run=run, free=free, parameters=parameters(run),
+                               logits=logits(run.model), weights=weights(run.model))
 
     @cached_property
     def folded(self):
