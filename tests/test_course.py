@@ -157,8 +157,7 @@ def test_compare_and_choose(tmp_path, monkeypatch):
     "Our solution runs a comparison, here a shorter one, and its choice follows from it"
     def short_one(methods, model, data, **settings):
         return compare(methods, model, data, **settings | dict(
-            steps=4, evaluate_every=2, items=10, validation_items=10, old_items=1,
-            out=tmp_path, progress=False))
+            steps=8, evaluate_every=4, items=20, old_items=1, out=tmp_path, progress=False))
     compare = ftlab.compare
     monkeypatch.setattr(ftlab, 'compare', short_one)
     assert ftlab.check(find('compare_and_choose').reference)
