@@ -6054,6 +6054,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'ftlab/instruments/verdicts.py'),
                                             'ftlab.instruments.verdicts._defines': ( 'instruments/verdicts.html#_defines',
                                                                                      'ftlab/instruments/verdicts.py'),
+                                            'ftlab.instruments.verdicts._functions': ( 'instruments/verdicts.html#_functions',
+                                                                                       'ftlab/instruments/verdicts.py'),
                                             'ftlab.instruments.verdicts._named': ( 'instruments/verdicts.html#_named',
                                                                                    'ftlab/instruments/verdicts.py'),
                                             'ftlab.instruments.verdicts._near_best': ( 'instruments/verdicts.html#_near_best',

@@ -10,6 +10,10 @@ from affected import Sources, plain
 # the parameter by which a test of every paper tells which one it tests
 MOST = 3  # CPU-seconds that a paper's contract should take
 KEYED = {'test_contract.py': 'name', 'test_claims.py': 'claim'}
+# these take a minute or more, so they begin first: else one process works on the last alone
+FIRST = ['test_native.py', 'test_claims.py', 'test_compare.py', 'test_new_paper.py', 'test_contract.py',
+         'test_project.py', 'test_interrupt.py', 'test_doctor.py', 'test_fit.py', 'test_cli.py',
+         'test_main_job.py', 'test_resume.py', 'test_processes.py', 'test_executor.py']
 
 
 def paper_of(item, keys: dict[str, str]) -> str | None:
@@ -23,7 +27,6 @@ def paper_of(item, keys: dict[str, str]) -> str | None:
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'xdist_group(name): tests of one group share a process')
     config.addinivalue_line('markers', 'peer(ours, package, compared, tolerance): ours is compared '
                             'with another package on the same tensors (tools/equalities.py lists these)')
 
@@ -58,8 +61,7 @@ def pytest_make_collect_report(collector):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leave out the papers that FTLAB_TEST_KEYS does not name (unset: none is left out),
-    and say which tests share a process: those of one file, as they share its fixtures;
-    but each paper's contract is a group of its own."""
+    and put the files first that take longest"""
     keys = {plain(k): k for k in Sources().papers}
     wanted = os.environ.get('FTLAB_TEST_KEYS')
     left = []
@@ -69,9 +71,8 @@ def pytest_collection_modifyitems(config, items):
         if key and wanted is not None and key not in wanted.split():
             left.append(item)
             items.remove(item)
-        elif not item.get_closest_marker('xdist_group'):
-            file = Path(str(item.fspath)).name
-            item.add_marker(pytest.mark.xdist_group(f'{file}-{key}' if key and file == 'test_contract.py' else file))
+    rank = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if left:
         config.hook.pytest_deselected(items=left)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import affected
 import pytest
+import run
 from affected import FEW, TURNS, Sources, changed_since, key_of, select, turn
 
 FILES = {
@@ -119,3 +120,23 @@ def test_few_papers_all_run_and_many_only_what_changed_and_a_tenth(project, monk
             == ['ftlab/trainers/losses/two.py', 'nbs/adapters/subsets/new_one.ipynb'])
     (project/'ftlab/trainers/losses/two.py').unlink()
     assert ask() == everything | {'new_one'}, 'who needed a module that is gone cannot be asked'
+
+
+TELLS = """import os, time, pytest
+
+@pytest.mark.parametrize('i', range(6))
+def test(i):
+    time.sleep(.02)
+    with open(__file__ + '.said', 'a') as f:
+        f.write(os.environ['PYTEST_XDIST_WORKER'] + ' ')
+"""
+
+def test_the_tests_of_one_file_share_a_process(tmp_path):
+    "They share its fixtures, and some cost half a minute; a group that xdist does not see costs nothing but time"
+    for name in 'abcd':
+        (tmp_path/f'test_{name}.py').write_text(TELLS)
+    command = [*run.PYTEST, '-n', '2', '-p', 'no:cacheprovider', '--rootdir', tmp_path, tmp_path]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    said = [p.read_text().split() for p in sorted(tmp_path.glob('*.said'))]
+    assert [len(s) for s in said] == [6]*4 and [len(set(s)) for s in said] == [1]*4
+    assert len({s[0] for s in said}) == 2, 'both processes work'

@@ -1,7 +1,8 @@
 "Every method keeps the promises that it makes; and each check notices a method that breaks its promise"
 import dataclasses, importlib, inspect, random
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 import ftlab
 import pytest, torch
 from transformers import AutoModelForCausalLM
@@ -61,10 +62,14 @@ PACKAGES = {'adam8bit': 'bitsandbytes'} # method -> the optional package that it
 
 SETTINGS = dict(batch_size=8, weight_decay=.1, progress=False)
 
-def tune(recipe, steps=5, seed=0, model=None, **more):
-    return fit(model or toy(), TOK, lab_data(), recipe, steps=steps, seed=seed, **SETTINGS | more)
+@lru_cache
+def few_rows():
+    "As many rows as the steps here use"
+    whole = lab_data()
+    return dataclasses.replace(whole, train=whole.train[:48], validation=whole.validation[:8])
 
-# ---------- one check for each promise; AssertionError where it is broken
+def tune(recipe, steps=5, seed=0, model=None, **more):
+    return fit(model or toy(), TOK, few_rows(), recipe, steps=steps, seed=seed, **SETTINGS | more)
 
 class AtFirst:
     "Notes the outputs before the first step"
@@ -73,11 +78,6 @@ class AtFirst:
             state.model.eval()
             self.logits = logits(state.model)
             state.model.train()
-
-def starts_as_the_base(recipe, tmp):
-    look = AtFirst()
-    tune(recipe, steps=2*len(recipe.stages) or 1, callbacks=(look,))
-    assert torch.equal(look.logits, logits(toy()))
 
 def selecting(recipe, free):
     """`recipe`, but whatever a stage may move is marked in `free` when its turn comes:
@@ -98,51 +98,79 @@ def selecting(recipe, free):
         recipe,
         loop=Stages(*(Share(listening(s), x) for s, x in zip(recipe.stages, recipe.shares))))
 
-def frozen_stays(recipe, tmp):
-    base = toy()
+def parameters(run) -> dict:
+    return {n: p.detach().clone() for n, p in run.model.named_parameters()}
+
+class Tuned:
+    """A recipe's runs on a toy, each made once, when the first promise is read from it:
+    one that stays as it is, the same once more that is folded in the end, one with another seed"""
+    def __init__(self, recipe):
+        self.recipe, self.at_first = recipe, AtFirst()
+
+    @cached_property
+    def run(self):
+        return tune(self.recipe, lr=1e-2, callbacks=(self.at_first,))
+
+    @cached_property
+    def repeated(self):
+        free = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in toy().named_parameters()}
+        run = tune(selecting(self.recipe, free), lr=1e-2)
+        return SimpleNamespace(run=run, free=free, parameters=parameters(run),
+                               logits=logits(run.model), weights=weights(run.model))
+
+    @cached_property
+    def folded(self):
+        model = self.repeated.run.model
+        self.repeated.run.delta.attached.fold()
+        return SimpleNamespace(weights=weights(model), logits=logits(model),
+                               names={n for n, _ in model.named_parameters()})
+
+    @cached_property
+    def other(self):
+        return tune(self.recipe, seed=1, lr=1e-2)
+
+# ---------- one check for each promise; AssertionError where it is broken
+
+def starts_as_the_base(it, tmp):
+    assert it.run and torch.equal(it.at_first.logits, logits(toy()))
+
+def frozen_stays(it, tmp):
+    base, attached = toy(), it.repeated.run.delta.attached
     was = weights(base)
-    free = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in base.named_parameters()}
-    run = tune(selecting(recipe, free))
-    if run.delta.attached.deltas:
-        assert same(weights(run.model), was), 'a weight under a delta was written to'
-    if any(d.site != 'weight' for d in run.delta.attached.deltas.values()):
-        assert not torch.equal(logits(run.model), logits(base))
+    if attached.deltas:
+        assert same(it.repeated.weights, was), 'a weight under a delta was written to'
+    if any(d.site != 'weight' for d in attached.deltas.values()):
+        assert not torch.equal(it.repeated.logits, logits(base))
         return # nothing to fold: no weight moves at all
-    run.delta.attached.fold()
-    now = weights(run.model)
+    now, free = it.folded.weights, it.repeated.free
     assert now.keys() == was.keys()
     for n in was:
         assert torch.equal(now[n][~free[n]], was[n][~free[n]]), n
     assert any((now[n] != was[n]).any() for n in was), 'nothing moved, so nothing was shown'
 
-def off_is_the_base(recipe, tmp):
-    base, run = logits(toy()), tune(recipe)
-    tuned = logits(run.model)
-    with run.disabled():
-        assert torch.equal(logits(run.model), base)
-    assert torch.equal(logits(run.model), tuned) and not torch.equal(tuned, base)
+def off_is_the_base(it, tmp):
+    base, tuned = logits(toy()), logits(it.run.model)
+    with it.run.disabled():
+        assert torch.equal(logits(it.run.model), base)
+    assert torch.equal(logits(it.run.model), tuned) and not torch.equal(tuned, base)
 
-def folds(recipe, tmp):
-    run = tune(recipe, lr=1e-2)
-    tuned = logits(run.model)
-    run.delta.attached.fold()
-    assert set(weights(run.model)) == {n for n, _ in run.model.named_parameters()}, 'modules are left on the model'
+def folds(it, tmp):
+    tuned = it.repeated.logits
+    assert set(it.folded.weights) == it.folded.names, 'modules are left on the model'
     assert (tuned - logits(toy())).abs().max() > 1e-2, 'the change is too small to show a wrong fold'
-    torch.testing.assert_close(logits(run.model), tuned, atol=1e-5, rtol=0)
+    torch.testing.assert_close(it.folded.logits, tuned, atol=1e-5, rtol=0)
 
-def saves(recipe, tmp, classes=None):
-    run = tune(recipe, lr=1e-2)
-    tuned = logits(run.model)
-    run.delta.save(tmp/'delta.safetensors')
+def saves(it, tmp, classes=None):
+    tuned = logits(it.run.model)
+    it.run.delta.save(tmp/'delta.safetensors')
     fresh = toy()
     load_delta(fresh, tmp/'delta.safetensors', classes)
     assert torch.equal(logits(fresh), tuned)
 
-def repeats(recipe, tmp):
-    a, b, other = (tune(recipe, seed=s) for s in (0, 0, 1))
-    assert a.log == b.log
-    first = [{n: p.detach().clone() for n, p in x.model.named_parameters()} for x in (a, b, other)]
-    assert same(first[0], first[1]) and not same(first[0], first[2])
+def repeats(it, tmp):
+    assert it.run.log == it.repeated.run.log
+    first = parameters(it.run)
+    assert same(first, it.repeated.parameters) and not same(first, parameters(it.other))
 
 class Gradients:
     "Keeps the gradient of the first step"
@@ -153,13 +181,13 @@ class Gradients:
                 [p.grad.flatten().clone()
                  for p in state.attached.parameters().values() if p.grad is not None])
 
-def accumulates(recipe, tmp):
+def accumulates(it, tmp):
     # AdamW and clipping hide a gradient twice too long, so the gradient itself is compared, before both. Measured here:
     # the right ones differ by at most 2e-7 of their length, those of a mean taken in each half by 1 (twice as long).
     looks = Gradients(), Gradients()
-    n = 3*max(1, len(recipe.stages))
+    n = 3*max(1, len(it.recipe.stages))
     # in double precision, because AdamW makes a whole step of a gradient that is nothing but rounding
-    a, b = (tune(recipe, steps=n, model=toy().double(), accumulate=k, callbacks=(g,))
+    a, b = (tune(it.recipe, steps=n, model=toy().double(), accumulate=k, callbacks=(g,))
             for k, g in zip((1, 2), looks))
     g, h = looks[0].first, looks[1].first
     assert g.norm() > 0 and (g - h).norm() < 1e-5*g.norm()
@@ -250,15 +278,20 @@ def test_a_promise_is_waived_only_for_a_reason(name):
         assert (all(len(why.split()) >= 4 for why in s.waives.values())
                 and set(s.promises) | set(s.waives) == set(PROMISES))
 
+@lru_cache(1)
+def tuned(name):
+    "Its runs, for all its promises in turn"
+    return Tuned(RECIPES[name]())
+
 @pytest.mark.parametrize('promise', PROMISES)
 @pytest.mark.parametrize('name', RECIPES)
 def test_contract(name, promise, tmp_path):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name], reason=f'{name} needs {PACKAGES[name]}')
-    r = RECIPES[name]()
-    if promise not in r.promises:
-        pytest.skip(f'{name} does not promise it: {r.waives[promise]}')
-    CHECKS[promise](r, tmp_path)
+    it = tuned(name)
+    if promise not in it.recipe.promises:
+        pytest.skip(f'{name} does not promise it: {it.recipe.waives[promise]}')
+    CHECKS[promise](it, tmp_path)
 
 # ---------- every check notices a broken promise
 
@@ -328,7 +361,7 @@ def test_a_broken_promise_is_noticed(promise, recipe, tmp_path):
     check = (partial(CHECKS[promise], classes=dict(Forgetful=Forgetful)) if promise == 'saves'
              else CHECKS[promise])
     with pytest.raises(AssertionError):
-        check(recipe, tmp_path)
+        check(Tuned(recipe), tmp_path)
 
 def test_each_promise_has_a_broken_recipe():
     assert {p for p, _ in BROKEN} == set(PROMISES)

@@ -11,8 +11,13 @@ sys.path.insert(0, str(ROOT/'tools'))
 import index
 import equalities
 
-MADE = index.made(ROOT)
 FILES = {e['key']: e['notebook'].removeprefix('nbs/') for e in papers.index()}
+
+
+@pytest.fixture(scope='module')
+def made() -> dict:
+    "{file: text} of every generated file; seconds, which no collection of the tests should take"
+    return index.made(ROOT)
 
 
 def said(page: str, what: str) -> str:
@@ -20,40 +25,40 @@ def said(page: str, what: str) -> str:
     return next(c['source'] for c in cells(page) if c['source'].startswith(f'<!-- made by `make index`: {what} -->'))
 
 
-def test_generating_again_changes_nothing():
-    stale = [f for f, text in MADE.items()
+def test_generating_again_changes_nothing(made):
+    stale = [f for f, text in made.items()
              if (ROOT/f).read_bytes() != (text if isinstance(text, bytes) else text.encode())]
     assert not stale, f'{stale} are not what the papers say; run make index'
 
 
-def test_only_generated_cells_and_tables_change(tmp_path):
+def test_only_generated_cells_and_tables_change(made):
     """Of a notebook whose generated cells were emptied, the same comes out again,
     and its other cells stay as they are"""
     for page in ('methods.ipynb', 'papers/scoreboard.ipynb', 'adapters/subsets/hft.ipynb',
                  'adapters/subsets/index.ipynb'):
-        ours, new = json.loads((NBS/page).read_text(encoding='utf-8')), json.loads(MADE[f'nbs/{page}'])
+        ours, new = json.loads((NBS/page).read_text(encoding='utf-8')), json.loads(made[f'nbs/{page}'])
         assert any(index.MARK.match(''.join(c['source'])) for c in ours['cells'])
         assert [c['id'] for c in ours['cells']] == [c['id'] for c in new['cells']]
 
 
-def test_every_mark_is_filled_by_the_script():
+def test_every_mark_is_filled_by_the_script(made):
     "A mark on a page that the script does not know would be a list that nobody keeps"
     marked = {p for p in pages() if any(index.MARK.match(c['source']) for c in cells(p))}
-    assert marked <= {f.removeprefix('nbs/') for f in MADE}
+    assert marked <= {f.removeprefix('nbs/') for f in made}
     for page in marked:
         assert all(len(c['source'].splitlines()) > 1 for c in cells(page) if index.MARK.match(c['source'])), page
 
 
-def test_every_paper_is_in_every_list():
+def test_every_paper_is_in_every_list(made):
     for key, page in FILES.items():
         family = f'{page.rpartition("/")[0]}/index.ipynb'
         assert f'({page})' in said('index.ipynb', 'families') and f'({key}.ipynb)' in said(family, 'papers')
-        assert f'- {page}\n' in MADE['_quarto.yml'] and said(page, 'verdict')
+        assert f'- {page}\n' in made['_quarto.yml'] and said(page, 'verdict')
         assert any(f'({page})' in c['source']
                    for c in cells('contents.ipynb') if index.MARK.match(c['source']))
 
 
-def test_a_family_says_whether_its_papers_are_compared_and_if_none_is_built():
+def test_a_family_says_whether_its_papers_are_compared_and_if_none_is_built(made):
     project = index.Project(ROOT)
     for part in papers.PARTS:
         for name in project.families(part):
@@ -62,7 +67,7 @@ def test_a_family_says_whether_its_papers_are_compared_and_if_none_is_built():
             alone = bool(keys) and name not in index.COMPARED
             assert ('No shared comparison yet' in table) == alone, page
             assert ('No paper of this family is built yet' in table) == (not keys), page
-            assert (f'          - {page}\n' in MADE['_quarto.yml']) == (not keys), page
+            assert (f'          - {page}\n' in made['_quarto.yml']) == (not keys), page
     row = next(r for r in said('index.ipynb', 'families').splitlines() if 'beyond/vision' in r)
     built = project.keys('beyond', 'vision')
     assert row.endswith('| none built yet |') == (not built)

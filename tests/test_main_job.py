@@ -12,11 +12,11 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n"
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    "A folder with a random Qwen-like model and 200 rows of a reader's own"
+    "A folder with a random Qwen-like model and 80 rows of a reader's own"
     colors, fruit = ('red green blue white black'.split(),
                      'apple plum pear fig lemon date melon'.split())
     rows = [dict(prompt=f'What colour is {f} number {i}?', response=f'It is {colors[(i + len(f)) % 5]}.')
-            for i in range(30) for f in fruit][:200]
+            for i in range(12) for f in fruit][:80]
     (tmp_path/'my.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([r['prompt'] + r['response'] for r in rows], vocab_size=400,
@@ -38,8 +38,8 @@ def test_the_readmes_lines_on_a_readers_own_data_and_model(reader):
     readme = (Path(__file__).parent.parent/'README.md').read_text()
     block = next(b for b in re.findall(r'```python\n(.*?)```', readme, re.S) if 'my.jsonl' in b)
     lines = block.replace('your/model-or-folder', 'model').replace(
-        "'my.jsonl'", "'my.jsonl', steps=6, evaluate_every=3, items=20, validation_items=20")
-    assert lines.count('steps=6') == 1
+        "'my.jsonl'", "'my.jsonl', steps=2, evaluate_every=2, batch_size=8, items=8, validation_items=8")
+    assert lines.count('steps=2') == 1
     names = {}
     exec(lines, names)
     result = names['result'].json()

@@ -89,6 +89,10 @@ class Project:
     def papers(self) -> list[dict]:
         return sorted(index(), key=lambda e: (PARTS.index(e['home']), e['family'], e['key']))
 
+    @cached_property
+    def equalities(self) -> list[dict]:
+        return equalities(self.root)
+
     def families(self, part: str) -> list[str]:
         "The families of a part: folders of `nbs/<part>` that hold pages"
         folder = self.root/'nbs'/part
@@ -322,7 +326,7 @@ def _answers(link: str, result: dict) -> list[tuple]:
 def peers(p: Project, page: str, only: str = '') -> str:
     "A row for each equality with another package that a test holds; `only`: of this test file"
     rows = []
-    for e in equalities(p.root):
+    for e in p.equalities:
         link = lambda to: Path(os.path.relpath(to, os.path.dirname(page))).as_posix()
         ours = ', '.join(f'`{name}`' if to == page else f'[`{name}`]({link(to)})'
                          for name, to in e['ours'])

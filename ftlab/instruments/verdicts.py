@@ -10,6 +10,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -273,8 +274,12 @@ class Claim:
         return 'real' if self.real else 'result'
 
 def _defines(path, name) -> bool:
-    body = ast.parse(path.read_text(encoding='utf-8')).body
-    return any(isinstance(n, ast.FunctionDef) and n.name == name for n in body)
+    return name in _functions(path.read_text(encoding='utf-8'))
+
+@lru_cache(None)
+def _functions(source:str) -> frozenset[str]:
+    "Return the names of a script's own functions; it is asked for them many times"
+    return frozenset(n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef))
 
 # %% ../../nbs/instruments/verdicts.ipynb #001308ff
 def read_claim(folder:str|Path,
@@ -535,12 +540,15 @@ def closure(marks:Mapping[str, list[str]],  # {module: names of its marked defin
            ) -> dict[str, str]:             # name -> tree as text
     "Collect what a paper's marked definitions consist of. Two definitions of one name are both kept"
     todo, seen, recorded = [(m, n) for m, names in marks.items() for n in names], {}, set(recorded)
+    parsed = {}
     while todo:
         module, name = todo.pop()
         if (module, name) in seen:
             continue
-        source = read(module)
-        home, from_elsewhere = definitions(source), imports(source, module)
+        if module not in parsed:
+            source = read(module)
+            parsed[module] = definitions(source), imports(source, module)
+        home, from_elsewhere = parsed[module]
         if name in home:
             node = bare(home[name])
             seen[module, name] = dumped(node)
