@@ -30,6 +30,7 @@ from ftlab.map import measured
 from ftlab.core.data import data
 from ftlab.core.paper import Method
 from ftlab.core.recipe import Learner, Loop, Recipe, Share, Stages, With, viewed
+from ftlab.lab import digits
 from ftlab.lab.models import lab_tokenizer, old_skills
 from ftlab.lab.world import ASPECTS, BAD, GOOD, OLD
 from ftlab.methods import get, names
@@ -329,6 +330,7 @@ def count_fits(monkeypatch):
 METHOD_KEYS = {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched',
                'gain_matched', 'lost', 'won',
                'rate', 'rate_matched', 'frontier', 'paths', 'within', 'hangs', 'stopped'}
+NEW_KEYS = {'options'}  # an earlier ftlab kept none
 RESULT_KEYS = {'version', 'model', 'data', 'protocol', 'methods', 'tuning', 'versions', 'target',
                'common', 'lose_at_most', 'findings', 'inputs',
                'runs'}
@@ -351,7 +353,7 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
     assert set(r) == RESULT_KEYS and r['version'] == 2 and r['tuning'] is None and finite(r)
     assert json.loads((tmp_path/'result.json').read_text()) == r
     for m in r['methods']:
-        assert set(m) == METHOD_KEYS and len(m['seeds']) == 3
+        assert set(m) == METHOD_KEYS | NEW_KEYS and len(m['seeds']) == 3
         assert (all(set(m[k]) == {'mean', 'low', 'high'} for k in ('gain', 'forgetting', 'forgetting_matched'))
                 and m['gain']['low'] < m['gain']['mean'] < m['gain']['high'])
         for s in m['seeds']:
@@ -473,7 +475,7 @@ def test_both_operating_points_come_from_test_seeds_and_the_curve_from_tuning_se
         equal = [runs[m['name'], m['rate_matched'], s, 'test'] for s in range(3)]
         assert m['gain']['mean'] == pytest.approx(fmean(x['gain'] for x in best))
         assert [s['forgetting_matched'] for s in m['seeds']] == [read_at(x, r['target'])['forgetting'] for x in equal]
-        assert (set(m) == METHOD_KEYS
+        assert (set(m) == METHOD_KEYS | NEW_KEYS
                 and [k['gain'] for k in m['frontier']] == sorted(k['gain'] for k in m['frontier']))
         top = max(row[1] for p in m['paths'].values() for row in p)
         assert m['frontier'][-1]['gain'] == pytest.approx(top, abs=1e-4) and r['target'] <= top
@@ -1017,11 +1019,16 @@ def test_a_method_with_arguments_is_described_by_them_alone():
     assert (get('lofit').describe()['stages'][0] == first.describe(explained=True)
             == {k: v for k, v in first.describe().items() if k != 'options'} != first.describe())
 
+def test_pictures_are_refused_before_a_model_is_loaded():
+    with pytest.raises(ValueError, match="9 are of kind 'image'.*asks questions that are text"):
+        compare('lora', 'no/such/model', digits.digits(), metric='accuracy')
+
 def test_no_two_methods_share_a_run(plain):
     "`pissa` once took the runs of `olora`: the same arguments, and another start"
     bench, of = Bench(*plain, **FAST), {}
     noted = Recipe(Method('noted', arguments=dict(start=.5)), objective=term)
-    ways = {'a product': lambda r: r*get('dft'), 'another start recorded': lambda r: r*noted,
+    ways = {'a product': lambda r: r*get('dft'), 'a product in stages': lambda r: get('spin')*r,
+            'another start recorded': lambda r: r*noted,
             'a stage': lambda r: Recipe('own', loop=Stages(r)), 'a share': lambda r: (
                 Recipe(Method('own', arguments=dict(r=8)), loop=Stages(Share(r, 2.))))}
     alike = {f'{n}, {how}': way(get(n).named('own')).named('own')

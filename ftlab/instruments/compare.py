@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from ..core.folder import read_json
 from ..core.io import check_room, only_writer, write_atomically
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, unsaid_options
 from ..core.record import versions
 from .bench import Bench, evaluation_steps
 from .compare_page import (html_page, image, picture, table_html, table_of,
@@ -631,13 +631,14 @@ def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNa
 def _method(name, recipe, found, done, limit) -> dict:
     "Return one method of a result; one that was stopped early has only its frontier"
     curves = _curves(found.tried, name) if found.tried else dict(frontier=[], paths={})
+    options = unsaid_options(recipe)
     if done is None:
-        return method_row(name, recipe.describe(), [], rate=None, rate_matched=None, hangs=None,
+        return method_row(name, recipe.describe(), [], options=options, rate=None, rate_matched=None, hangs=None,
                           within=None, stopped=found.stopped[name], **curves)
     best, equal, within = found.best[name]['rate'], found.equal[name][
         'rate'], found.limits.get(name)
     rows = [seed_row(of[best], of[equal], found.target) for of in done]
-    return method_row(name, recipe.describe(), rows, rate=best, rate_matched=equal,
+    return method_row(name, recipe.describe(), rows, options=options, rate=best, rate_matched=equal,
                       hangs=found.hangs.get(name),
                       within=within and _within(limit, within, [of[within['rate']] for of in done]),
                       stopped=None, **curves)
