@@ -405,6 +405,10 @@ def test_a_rate_as_good_as_the_choice_and_worse_than_the_best_is_not_overlooked(
     assert search(dict(a=Grid(rates)), run, [gain], extend=0, refine=False, again=0).choices(
         gain)['arms']['a']['rate'] == choice['rate'], 'all rates on one seed agree'
 
+def test_rates_that_share_no_seed_overlook_nothing():
+    one = of_right(10, 5)
+    assert Tried({}, dict(a={1.: {0: one, 1: one}, 2.: {5: one}})).overlooked(Want(('a',))) == {}
+
 @pytest.mark.parametrize('seed', range(40))
 def test_whatever_the_second_seed_shows_the_effort_stays_equal_and_bounded(seed):
     rng = random.Random(seed)
