@@ -172,8 +172,9 @@ def _not_repeatable(run:Run) -> str:
     if changed := [n for n in notes_of(run.model) if any(k in n for k in NOT_ITS_FILES[1:])]:
         return f'the model was changed after it was loaded ({changed[0]})'
     try:
-        known, used = ([r.describe(), unsaid_options(r)] for r in (get(run.recipe.name), run.recipe))
-        same = digest(known) == digest(used)
+        both = get(run.recipe.name), run.recipe
+        known, used = (digest([r.describe(), unsaid_options(r)]) for r in both)
+        same = known == used
     except (KeyError, ValueError):
         same = False
     if not same:

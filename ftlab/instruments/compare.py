@@ -219,7 +219,8 @@ def overlooked_within(tried:Tried, arm:str, limit:float) -> float|None:
     fewer = set(of) - tried.twice(arm)
     # the choice comes first, and so wins a tie
     rates = ([choice['rate']] if choice else []) + sorted(fewer)
-    best = _best_within({r: {s: of[r][s] for s in shared} for r in rates}, limit) if shared else None
+    alike = {r: {s: of[r][s] for s in shared} for r in rates if shared}
+    best = _best_within(alike, limit)
     return best['rate'] if best and best['rate'] in fewer else None
 
 def _best_within(outcomes:Mapping, limit:float) -> dict|None:
@@ -654,8 +655,9 @@ def _method(name, recipe, found, done, limit) -> dict:
     curves = _curves(found.tried, name) if found.tried else dict(frontier=[], paths={})
     options = unsaid_options(recipe)
     if done is None:
-        return method_row(name, recipe.describe(), [], options=options, rate=None, rate_matched=None, hangs=None,
-                          within=None, stopped=found.stopped[name], **curves)
+        return method_row(name, recipe.describe(), [], options=options, rate=None,
+                          rate_matched=None, hangs=None, within=None,
+                          stopped=found.stopped[name], **curves)
     best, equal, within = found.best[name]['rate'], found.equal[name][
         'rate'], found.limits.get(name)
     rows = [seed_row(of[best], of[equal], found.target) for of in done]
