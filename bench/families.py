@@ -58,8 +58,8 @@ NOISE = .3            # the share of answers that are another row's
 UNEQUAL = (.9, .1)    # of the training rows, by skill
 ROWS = 3200           # of the losses: 100 steps of 32, each row once
 SEEDS = 2
-# four rates, extended once at an edge; two on a second tuning seed, one more if a rate is overlooked; two points on
-# each test seed
+# at most: four rates and one more at an edge; two of them on a second tuning seed, and one more if a rate is
+# overlooked; two points on each of two test seeds
 LAB_RUNS = 12
 LAB = dict(steps=100, batch_size=32, evaluations=4, items=200, old_items=24,
            validation_items=100, old_validation_items=8)

@@ -108,6 +108,7 @@ def test_code_that_would_not_repeat_the_run_is_not_printed(tmp_path):
     for text, why in [(said(data(rows)), 'rows were given in memory'), (said(load=False), 'model was made in memory'),
                       (said(replace(d, train=d.train[:10])), 'rows were chosen or changed'),
                       (said(recipe=get('lora').named('my own <thing>')), 'its Recipe is none that ftlab knows'),
+                      (said(recipe=get('olora').named('pissa')), 'its Recipe is none that ftlab knows'),
                       (said(callbacks=(Stop(),)), 'it ended after 1 of 2 steps')]:
         assert why in text and '```python' not in text
     assert '```python' in said()

@@ -25,10 +25,12 @@ ON_ROWS = [n for n in LOSSES if not made(n).own_source]
 # in stages: some read before they train, some choose what trains, and some have rows and a loss of their own
 READERS, CHOOSERS = ['got_d', 'pcp'], ['grafting', 'lofit', 'lt_sft']
 PLAYERS = ['palm2_recipe', 'spin']
-# these cannot train in a second stage: two act on activations, which cannot be folded, and SaRA on the toy finds no
-# entry near 0 any more
-ONCE = ['nfts', 'polyhistor', 'sara']
-CHANGES = [n for n in DELTAS + ALONE if n not in ONCE + answering('source')]
+# these cannot train in a second stage: NFTs and Polyhistor act on activations, which cannot be folded, and SaRA on the
+# toy finds no entry near 0 any more; Polyhistor also asks for the task of a row, which a stage with rows of its own
+# does not know
+ONCE = dict(nfts='acts on activations and cannot be folded', sara='the selection matches nothing',
+            polyhistor='acts on activations and cannot be folded|the task of a row is not known')
+CHANGES = [n for n in DELTAS + ALONE if n not in [*ONCE, *answering('source')]]
 BARE = [n for n in CHANGES if n not in answering('objective')]
 NO_DROPOUT = 'R-Drop compares two passes with different dropout, and this model has none'
 
@@ -81,7 +83,7 @@ def test_every_stage_takes_a_change_or_a_loss(names, tmp_path):
     checked(names, ('frozen stays', 'saves'), tmp_path)
 
 
-def test_every_method_in_stages_that_trains_is_drawn_from():
+def test_every_method_in_stages_is_drawn_from():
     in_stages = {n for n in methods.names() if made(n).stages}
     assert in_stages == {*READERS, *CHOOSERS, *PLAYERS}
 
@@ -96,8 +98,7 @@ def test_a_stage_with_a_loss_of_its_own_refuses_another(player, loss, tmp_path):
 @pytest.mark.parametrize('stages', READERS + PLAYERS)
 @pytest.mark.parametrize('change', ONCE)
 def test_what_no_second_stage_can_train_is_refused_with_the_reason(stages, change, tmp_path):
-    why = 'acts on activations and cannot be folded|the selection matches nothing|task of a row'
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match=ONCE[change]):
         CHECKS['saves'](combined(f'{stages} * {change}'), tmp_path)
 
 

@@ -20,7 +20,7 @@ from ftlab.instruments.bench import Bench, evaluation_steps, mean_of, metric_for
 from ftlab.instruments.compare import (Comparison, check_limit, compare, effort, hangs_on_rate,
                                        interval, lost_races,
                                        plan, read_at, seed_row, thinned, tuning_seeds, upgraded,
-                                       within_limit)
+                                       overlooked_within, within_limit)
 from ftlab.instruments.compare_page import in_words, reading, table_html, tuning_words, warned
 from ftlab.instruments.explore import draw_tradeoff, runs_of
 from ftlab.instruments.rates import Tried, Want
@@ -30,6 +30,7 @@ from ftlab.map import measured
 from ftlab.core.data import data
 from ftlab.core.paper import Method
 from ftlab.core.recipe import Learner, Loop, Recipe, Share, Stages, With, viewed
+from ftlab.lab import digits
 from ftlab.lab.models import lab_tokenizer, old_skills
 from ftlab.lab.world import ASPECTS, BAD, GOOD, OLD
 from ftlab.methods import get, names
@@ -126,6 +127,11 @@ def test_effort_counts_the_most_runs_there_can_be():
     assert effort(arms_of(2), 3, tuned=False)['tuning'] == 0
     assert effort(arms_of(2, 1), 3)['test'] == 6
 
+def test_extra_rounds_go_first_when_runs_are_few():
+    keys = ('refine', 'again', 'settle', 'extend')
+    said = [[effort(arms_of(3), 3, n)[k] for k in keys] for n in (54, 45)]
+    assert said == [[True, 3, 0, 3], [True, 2, 0, 1]]
+
 @pytest.mark.parametrize('limit', range(6, 60, 3))
 def test_max_runs_is_kept_to(limit):
     found = effort(arms_of(2), 3, limit)
@@ -199,6 +205,18 @@ def test_within_a_limit_the_best_gain_over_rates_steps_and_doses():
         (1e-4, 10, 1., .2)]
     assert pick(0) is None, 'doing nothing does not qualify'
     assert within_limit(tried_of(a={1.: made(error='nan', rows=[])}), 'a', .5) is None
+
+def test_a_rate_on_one_seed_that_gains_more_within_the_limit_is_named_and_not_chosen():
+    at = lambda gain, lost, **more: made(gain, lost, path((0, 0., 0.), (10, gain, lost)), **more)
+    harsh = [at(.95, .4), at(.95, .4)]
+    tried = tried_of(a={1e-4: at(.3, .005), 3e-4: at(.55, .015), 1e-3: [at(.8, .2)]*2, 3e-3: harsh})
+    assert within_limit(tried, 'a', .02) is None
+    assert overlooked_within(tried, 'a', .02) == 3e-4
+    assert overlooked_within(tried, 'a', .2) is None, 'the choice gains more'
+    assert overlooked_within(tried, 'a', .001) is None
+    half = at(.95, .4, doses=[dict(dose=.5, gain=.7, forgetting=.01)])
+    tried = tried_of(a={3e-4: at(.55, .015), 1e-3: [half]*2})
+    assert overlooked_within(tried, 'a', .02) is None, 'a dose of the choice gains more'
 
 # ---- races and rates
 
@@ -329,6 +347,7 @@ def count_fits(monkeypatch):
 METHOD_KEYS = {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched',
                'gain_matched', 'lost', 'won',
                'rate', 'rate_matched', 'frontier', 'paths', 'within', 'hangs', 'stopped'}
+NEW_KEYS = {'options'}  # an earlier ftlab kept none
 RESULT_KEYS = {'version', 'model', 'data', 'protocol', 'methods', 'tuning', 'versions', 'target',
                'common', 'lose_at_most', 'findings', 'inputs',
                'runs'}
@@ -351,7 +370,7 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
     assert set(r) == RESULT_KEYS and r['version'] == 2 and r['tuning'] is None and finite(r)
     assert json.loads((tmp_path/'result.json').read_text()) == r
     for m in r['methods']:
-        assert set(m) == METHOD_KEYS and len(m['seeds']) == 3
+        assert set(m) == METHOD_KEYS | NEW_KEYS and len(m['seeds']) == 3
         assert (all(set(m[k]) == {'mean', 'low', 'high'} for k in ('gain', 'forgetting', 'forgetting_matched'))
                 and m['gain']['low'] < m['gain']['mean'] < m['gain']['high'])
         for s in m['seeds']:
@@ -458,7 +477,7 @@ def test_a_search_gives_every_method_as_many_rates_on_seeds_of_its_own(tuned):
         t = r['tuning']['methods'][m['name']]
         assert set(t) == {'rate', 'tried', 'at_edge', 'rate_matched', 'forgetting_matched',
                           'at_edge_matched', 'overlooked', 'stopped'}
-        assert t['overlooked'] == [] or again == {5}
+        assert set(t['overlooked']) <= {'within'} or again == {5}
         assert (m['rate'], m['rate_matched']) == (t['rate'], t['rate_matched'])
         assert [x for x, _ in t['tried']] == sorted({rate for _, rate in per[m['name']]})
 
@@ -473,7 +492,7 @@ def test_both_operating_points_come_from_test_seeds_and_the_curve_from_tuning_se
         equal = [runs[m['name'], m['rate_matched'], s, 'test'] for s in range(3)]
         assert m['gain']['mean'] == pytest.approx(fmean(x['gain'] for x in best))
         assert [s['forgetting_matched'] for s in m['seeds']] == [read_at(x, r['target'])['forgetting'] for x in equal]
-        assert (set(m) == METHOD_KEYS
+        assert (set(m) == METHOD_KEYS | NEW_KEYS
                 and [k['gain'] for k in m['frontier']] == sorted(k['gain'] for k in m['frontier']))
         top = max(row[1] for p in m['paths'].values() for row in p)
         assert m['frontier'][-1]['gain'] == pytest.approx(top, abs=1e-4) and r['target'] <= top
@@ -508,6 +527,25 @@ def test_a_finished_comparison_trains_nothing_and_a_damaged_run_is_made_again(
         again = compare(['full', 'lora'], *plain, **ask).json()
     assert len(done) == 2 and again['methods'][0]['gain'] == c.json()['methods'][0]['gain']
 
+def test_a_page_says_which_rate_is_overlooked_and_for_which_question(tuned):
+    r = copy.deepcopy(tuned[0].json())
+    m, other = r['methods']
+    t = r['tuning']['methods'][m['name']]
+    other |= dict(within=None)
+    words = 'the rate 0.0316 ran on one tuning seed, and by that seed it would be chosen '
+    for k, asked in dict(gain='for the largest gain.', forgetting_matched='at equal gain.',
+                         within='within 100 points.').items():
+        t['overlooked'] = {k: .0316}
+        assert words + asked in ' '.join(warned(r))
+    r['protocol']['search']['settle'] = 0
+    assert 'may tell' not in ' '.join(warned(r)), 'no run is repeated for the limit'
+    t['overlooked'] = dict(gain=.0316)
+    assert f'{words}for the largest gain; more runs (max_runs) may tell.' in ' '.join(warned(r))
+    del t['overlooked'] # an earlier ftlab kept none
+    assert words not in ' '.join(warned(r))
+    r['tuning']['methods'][other['name']]['overlooked'] = dict(within=.0316)
+    assert 'nothing that ran on both tuning seeds gains' in ' '.join(warned(r))
+
 def test_a_page_says_what_speaks_against_it(tuned):
     r = copy.deepcopy(tuned[0].json())
     m, other = r['methods']
@@ -535,10 +573,6 @@ def test_a_page_says_what_speaks_against_it(tuned):
         t['at_edge'] = edge
         words = f'{m["name"]}: the best of its rates lies at the edge'
         assert (words in ' '.join(warned(r))) == edge
-    for left in ([], [.0316]):
-        t['overlooked'] = left
-        words = 'by the only tuning seed that it ran on, the rate 0.0316 would be chosen'
-        assert (words in ' '.join(warned(r))) == bool(left)
     lost = other | dict(seeds=[], stopped='full', rate=None, rate_matched=None, hangs=None,
                         within=None,
                         **{k: interval([]) for k in ('gain', 'forgetting', 'forgetting_matched', 'gain_matched')})
@@ -1017,11 +1051,16 @@ def test_a_method_with_arguments_is_described_by_them_alone():
     assert (get('lofit').describe()['stages'][0] == first.describe(explained=True)
             == {k: v for k, v in first.describe().items() if k != 'options'} != first.describe())
 
+def test_pictures_are_refused_before_a_model_is_loaded():
+    with pytest.raises(ValueError, match="9 are of kind 'image'.*asks questions that are text"):
+        compare('lora', 'no/such/model', digits.digits(), metric='accuracy')
+
 def test_no_two_methods_share_a_run(plain):
     "`pissa` once took the runs of `olora`: the same arguments, and another start"
     bench, of = Bench(*plain, **FAST), {}
     noted = Recipe(Method('noted', arguments=dict(start=.5)), objective=term)
-    ways = {'a product': lambda r: r*get('dft'), 'another start recorded': lambda r: r*noted,
+    ways = {'a product': lambda r: r*get('dft'), 'a product in stages': lambda r: get('spin')*r,
+            'another start recorded': lambda r: r*noted,
             'a stage': lambda r: Recipe('own', loop=Stages(r)), 'a share': lambda r: (
                 Recipe(Method('own', arguments=dict(r=8)), loop=Stages(Share(r, 2.))))}
     alike = {f'{n}, {how}': way(get(n).named('own')).named('own')

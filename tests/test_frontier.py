@@ -391,6 +391,24 @@ def test_a_rate_that_the_second_seed_shows_to_be_worse_makes_way_for_another():
     assert tried(0).overlooked(gain) == dict(a=1e-4)
     assert tried(1).choices(gain)['arms']['a']['rate'] == 1e-4
 
+def test_a_rate_as_good_as_the_choice_and_worse_than_the_best_is_not_overlooked():
+    rates = (.000316, .001, .00316, .01)
+    wrong = dict(zip(rates, ({*range(60, 80), *range(40, 50)}, {*range(23, 39)}, {*range(10, 23)},
+                             {*range(10)})))
+    def run(arm, rate, seed):
+        right = [int(i not in wrong[rate]) for i in range(100)]
+        return dict(gain=sum(right)/100, items=dict(gain=right))
+    gain = Want(('a',))
+    tried = search(dict(a=Grid(rates)), run, [gain], extend=0, refine=False, again=2, settle=0)
+    choice = tried.choices(gain)['arms']['a']
+    assert choice['rate'] < choice['best'] and tried.overlooked(gain) == {}
+    assert search(dict(a=Grid(rates)), run, [gain], extend=0, refine=False, again=0).choices(
+        gain)['arms']['a']['rate'] == choice['rate'], 'all rates on one seed agree'
+
+def test_rates_that_share_no_seed_overlook_nothing():
+    one = of_right(10, 5)
+    assert Tried({}, dict(a={1.: {0: one, 1: one}, 2.: {5: one}})).overlooked(Want(('a',))) == {}
+
 @pytest.mark.parametrize('seed', range(40))
 def test_whatever_the_second_seed_shows_the_effort_stays_equal_and_bounded(seed):
     rng = random.Random(seed)

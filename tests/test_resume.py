@@ -21,12 +21,12 @@ from ftlab.adapters.select import parts
 from ftlab.adapters.subsets.lt_sft import lt_sft
 from ftlab.core.io import (Busy, DiskFull, TemporaryFolder, check_room, leftovers, only_writer,
                            read_tensors, sweep, write_atomically, write_tensors, write_text)
-from ftlab.core.recipe import Loop, Recipe, Stages
+from ftlab.core.recipe import Loop, Method, Recipe, Stages
 from ftlab.core.state import State
 from ftlab.instruments.bench import Budget
 from ftlab.methods import get
 from ftlab.trainers.callbacks import EarlyStop
-from ftlab.trainers.checkpoint import cut_off, read_header
+from ftlab.trainers.checkpoint import cut_off, different, read_header
 from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import nll
 from ftlab.trainers.source import Rows
@@ -107,7 +107,8 @@ def test_arguments_of_a_method_and_tokens_of_the_data_belong_to_a_run(tmp_path):
         fit(toy(), other, lab_data(), lora(r=2), **STEPS, batch_size=8, progress=False,
             out=tmp_path, save_every=1, resume=True)
 
-STARTS = {'alone': lambda r: r, 'in a stage': lambda r: Recipe('own', loop=Stages(r))}
+STARTS = {'alone': lambda r: r, 'in a stage': lambda r: Recipe('own', loop=Stages(r)),
+          'times stages': lambda r: get('spin')*r}
 
 @pytest.mark.parametrize('within', STARTS.values(), ids=STARTS)
 def test_a_run_of_another_start_is_not_taken_and_one_of_an_earlier_ftlab_goes_on(within, tmp_path):
@@ -128,10 +129,15 @@ def test_a_run_of_another_start_is_not_taken_and_one_of_an_earlier_ftlab_goes_on
     write_tensors(path, tensors, header)
     assert alike(tune(one, **how, resume=True), whole)
 
-def test_options_are_noted_only_where_the_arguments_do_not_say_them():
-    assert 'options' not in tune(lora(r=2), **STEPS).settings
+def test_options_are_noted_where_the_arguments_do_not_say_them_and_nothing_is_noted_as_such():
+    assert tune(lora(r=2), **STEPS).settings['options'] == {}
     plain = Recipe('own', select=parts('q'), delta=partial(LoRA, r=2, alpha=2.))
-    assert 'options' not in tune(plain, **STEPS).settings, 'they are in the description'
+    assert tune(plain, **STEPS).settings['options'] == {}, 'they are in the description'
+    said, other = (tune(Recipe(Method('own', arguments=dict(r=2, alpha=2.)), select=parts('q'),
+                               delta=partial(LoRA, r=2, alpha=alpha)), **STEPS).settings
+                   for alpha in (2., 3.))
+    assert said['options'] == {} and other['options'] == {'delta': {'alpha': 3.}}
+    assert different(said, other) == different(other, said) == ['options']
 
 def test_the_reason_is_known_before_the_stages_that_are_done_again(tmp_path):
     seen = []

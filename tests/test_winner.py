@@ -5,9 +5,11 @@ import ftlab
 from ftlab import cli
 from ftlab.core.data import data
 from ftlab.core.mix import mix, read_again, read_mix
-from ftlab.instruments.compare import Comparison, compare
+from ftlab.core.recipe import unsaid_options
+from ftlab.instruments.compare import Comparison, compare, method_row
 from ftlab.instruments.report import read_run
-from ftlab.instruments.winner import choose
+from ftlab.instruments.winner import _recipe_again, choose
+from ftlab.methods import get
 from toys import TOK, toy
 
 # ---- the rule
@@ -181,6 +183,17 @@ def test_changed_rows_and_another_model_are_refused(made, tmp_path):
     next(m for m in changed['methods'] if m['name'] == 'lora')['recipe']['arguments']['r'] = 5
     with pytest.raises(ValueError, match='is not what it was'):
         Comparison(changed).train('lora', progress=False)
+    with pytest.raises(ValueError, match='is not what it was'):
+        read.train('lora', recipe='lora(r=5)', progress=False)
+
+def test_a_method_named_as_another_that_describes_itself_alike_is_not_trained_as_that_one():
+    row = method_row('pissa', get('olora').named('pissa').describe(), [],
+                     options=unsaid_options(get('olora').named('pissa')))
+    with pytest.raises(ValueError, match="'start': 'olora'.* then, .*'start': 'pissa'.* now"):
+        _recipe_again(row, {}, None)
+    assert _recipe_again(row, {}, get('olora').named('pissa')).name == 'pissa'
+    del row['options'] # of an earlier ftlab
+    assert _recipe_again(row, {}, None).name == 'pissa'
 
 def test_an_older_result_asks_for_model_and_data(made):
     at, found = made

@@ -481,6 +481,8 @@ def unsaid_options(self:Recipe,
     out = {at: {k: v for k, v in of.items() if not any(k in p and p[k] == v for p in places)}
            for at, of in own.items()}
     for i, stage in enumerate(self.stages):
+        # what a stage function makes is known when its turn comes; what it is multiplied with is known now
+        stage = stage.recipe if isinstance(stage, Composed) else stage
         if isinstance(stage, Recipe):
             out |= {f'loop.{i}.{at}': of for at, of in unsaid_options(stage, known).items()}
     return {at: of for at, of in out.items() if of}

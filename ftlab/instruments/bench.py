@@ -232,6 +232,9 @@ def forgetting_is(data:Data, old, tok) -> str:
 
 def _check_bench(data:Data, steps:int|None, epochs:float|None, budget:int|None,
                  evaluations:int) -> None:
+    if data.kind == 'image':
+        raise ValueError(f"the rows of {data.name} are of kind 'image', and a comparison asks questions that are "
+                         'text; fit each method with ftlab.fit, and measure it with a function of your own')
     check_length(steps, epochs)
     for s in ('validation', 'test'):
         if not getattr(data, s):
@@ -301,7 +304,7 @@ class Bench:
         limit = row_limit(probe, tok, self.max_length)
         for s in ('train', 'validation', 'test'):
             rows = getattr(self.given, s)[:None if s == 'train' else self.sizes[s][0]]
-            if self.given.kind != 'image' and not self.skill:
+            if not self.skill:
                 encoded = encode_all(rows, tok, self.given.kind, limit)
                 found.append(cut_note(encoded, rows, tok, limit, s))
         return [n for n in found if n]
@@ -309,7 +312,7 @@ class Bench:
     def _count_steps(self, probe, tok) -> None:
         "Make `epochs` the same number of steps for all methods, and add a note that says so"
         rows, limit = self.given.train, row_limit(probe, tok, self.max_length)
-        if self.given.kind != 'image' and not self.skill:
+        if not self.skill:
             rows = encode_all(rows, tok, self.given.kind, limit)
         of = (self.epochs, len(rows), self.settings.get('batch_size', 32))
         self.steps = steps_of_epochs(*of)

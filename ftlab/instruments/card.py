@@ -19,6 +19,7 @@ from ..core.labels import numbered
 from ..core.mix import read_again
 from ..core.model import notes_of
 from ..core.new_tokens import new_rows, new_tokens
+from ..core.recipe import unsaid_options
 from ..core.record import digest, versions
 from ..core.text import shortened
 from ..evaluators.forgetting import change_in_words
@@ -171,7 +172,9 @@ def _not_repeatable(run:Run) -> str:
     if changed := [n for n in notes_of(run.model) if any(k in n for k in NOT_ITS_FILES[1:])]:
         return f'the model was changed after it was loaded ({changed[0]})'
     try:
-        same = digest(get(run.recipe.name).describe()) == digest(run.recipe.describe())
+        both = get(run.recipe.name), run.recipe
+        known, used = (digest([r.describe(), unsaid_options(r)]) for r in both)
+        same = known == used
     except (KeyError, ValueError):
         same = False
     if not same:

@@ -166,7 +166,8 @@ def planned(c:Mapping, tried:Tried, experiment:Experiment) -> dict:
              for n in needed_arms(c, experiment)}
     made = not named_arms(c) <= set(experiment.arms)
     return dict(target=found['target'], common=found['common'], rates=rates, derive=made,
-                at_edge=[n for n, a in found['arms'].items() if a['at_edge']])
+                at_edge=[n for n, a in found['arms'].items() if a['at_edge']],
+                overlooked=tried.overlooked(want) if want.arms else {})
 
 def _other_rate(tried, arm, want, target) -> float|None:
     if arm not in tried.grids:
@@ -738,6 +739,8 @@ def also_seen(result:Mapping) -> list[str]:
                            f'the effect is {fmean(other["effects"]):+.3f} instead of {mean:+.3f}{_same_seeds(c)}')
         if c.get('at_edge'):
             out.append(f'{c["name"]}: the rate of {" and ".join(c["at_edge"])} is at the edge of what was tried')
+        out += [f'{c["name"]}: by the only tuning seed that it ran on, {rate:g} would be the rate of {arm}'
+                for arm, rate in c.get('overlooked', {}).items()] # an earlier ftlab kept none
     return out
 
 # %% ../../nbs/instruments/claims.ipynb #001d13be

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from ..core.folder import read_json
 from ..core.io import check_room, only_writer, write_atomically
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, unsaid_options
 from ..core.record import versions
 from .bench import Bench, evaluation_steps
 from .compare_page import (html_page, image, picture, table_html, table_of,
@@ -37,8 +37,8 @@ from ..trainers.watch import in_notebook
 
 # %% auto #0
 __all__ = ['THINNER', 'DOSES', 'SEED_KEYS', 'VERSION', 'NOT_TUNED', 'interval', 'plan', 'tuning_seeds', 'effort', 'thinned',
-           'expected_seconds', 'beaten', 'lost_races', 'hangs_on_rate', 'within_limit', 'read_at', 'seed_row',
-           'method_row', 'upgraded', 'Comparison', 'Told', 'tune_arms', 'check_limit', 'compare']
+           'expected_seconds', 'beaten', 'lost_races', 'hangs_on_rate', 'within_limit', 'overlooked_within', 'read_at',
+           'seed_row', 'method_row', 'upgraded', 'Comparison', 'Told', 'tune_arms', 'check_limit', 'compare']
 
 # %% ../../nbs/instruments/compare.ipynb #0005c6d6
 def interval(values:list[float|None], # one number a seed
@@ -94,7 +94,9 @@ def tuning_seeds(seeds:list[int]) -> tuple[int, ...]:
 
 # %% ../../nbs/instruments/compare.ipynb #43188f50
 THINNER = (dict(rates=None, refine=True, again=3, settle=2, extend=3),
+           dict(rates=None, refine=True, again=3, settle=0, extend=3),
            dict(rates=None, refine=True, again=2, settle=1, extend=1),
+           dict(rates=None, refine=True, again=2, settle=0, extend=1),
            dict(rates=None, refine=False, again=2, settle=1, extend=1),
            dict(rates=None, refine=False, again=2, settle=0, extend=1),
            dict(rates=3, refine=False, again=0, settle=0, extend=1),
@@ -206,14 +208,30 @@ DOSES = (.25, .5, .75)
 def within_limit(tried:Tried, arm:str, limit:float) -> dict|None:
     """Return rate, step, dose, gain and forgetting of the best point within the limit (a share);
     `None` if no point within it gains anything"""
+    twice = tried.twice(arm)
+    return _best_within({r: of for r, of in tried.outcomes[arm].items() if r in twice}, limit)
+
+def overlooked_within(tried:Tried, arm:str, limit:float) -> float|None:
+    """Return the rate that ran on fewer seeds and gains most within the limit, if that is more than the choice
+    of `within_limit` does on the seeds that all rates share"""
+    of, choice = tried.outcomes[arm], within_limit(tried, arm, limit)
+    shared = set.intersection(*map(set, of.values()))
+    fewer = set(of) - tried.twice(arm)
+    # the choice comes first, and so wins a tie
+    rates = ([choice['rate']] if choice else []) + sorted(fewer)
+    alike = {r: {s: of[r][s] for s in shared} for r in rates if shared}
+    best = _best_within(alike, limit)
+    return best['rate'] if best and best['rate'] in fewer else None
+
+def _best_within(outcomes:Mapping, limit:float) -> dict|None:
     points = []
-    for rate, o in tried.pooled(arm, tried.twice(arm)).items():
+    for rate, seeds in outcomes.items():
+        o, seeds = pooled(seeds), list(seeds.values())
         if o.get('error'):
             continue
         points += [dict(rate=rate, step=r['step'], dose=1., gain=r['gain'], forgetting=r['forgetting'])
                    for r in o['path']]
         last = o['path'][-1]['step']
-        seeds = list(tried.outcomes[arm][rate].values())
         for i, d in enumerate(seeds[0].get('doses', ())):
             mean = lambda k, i=i, seeds=seeds: fmean(s['doses'][i][k] for s in seeds)
             points.append(dict(rate=rate, step=last, dose=d['dose'], gain=mean('gain'),
@@ -401,7 +419,7 @@ def tune_arms(bench:Bench, arms:Mapping, runs:Told, seeds:list[int], work:Mappin
                    drop=drop if race else lambda t: (), ahead=ahead)
     return tried, stopped
 
-def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict, overlooked:list[float]) -> dict:
+def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict, overlooked:dict) -> dict:
     "Return how an arm was tuned, for the result"
     of = tried.pooled(arm)
     ended = {f'{r:g}': o['error'] or o['stopped'] for r, o in of.items()}
@@ -576,6 +594,9 @@ def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
     found = _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps)
     if found.tried and limit is not None:
         found.limits = {n: within_limit(found.tried, n, limit) for n in found.live}
+        for n in found.live:
+            if rate := overlooked_within(found.tried, n, limit):
+                found.overlooked[n]['within'] = rate
     done = {n: [] for n in found.live}
     rates = {n: _test_rates(found, n) for n in found.live}
     runs.reporter.rest.tests({n: len(seeds)*len(of) for n, of in rates.items()})
@@ -624,20 +645,23 @@ def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNa
     if equal['target'] is None:  # no rate has a place at equal gain
         equal['arms'] = {n: b | dict(value=None, values={}) for n, b in best['arms'].items()}
     return SimpleNamespace(tried=tried, stopped=stopped, live=live, equal=equal['arms'], best=best['arms'],
-                           overlooked={n: sorted({of[n] for of in left if n in of}) for n in live},
+                           overlooked={n: {w.metric: of[n] for w, of in zip(wants, left) if n in of}
+                                       for n in live},
                            target=equal['target'], common=equal['common'], limits={},
                            hangs=hangs_on_rate(tried, equal['arms'], equal['target']))
 
 def _method(name, recipe, found, done, limit) -> dict:
     "Return one method of a result; one that was stopped early has only its frontier"
     curves = _curves(found.tried, name) if found.tried else dict(frontier=[], paths={})
+    options = unsaid_options(recipe)
     if done is None:
-        return method_row(name, recipe.describe(), [], rate=None, rate_matched=None, hangs=None,
-                          within=None, stopped=found.stopped[name], **curves)
+        return method_row(name, recipe.describe(), [], options=options, rate=None,
+                          rate_matched=None, hangs=None, within=None,
+                          stopped=found.stopped[name], **curves)
     best, equal, within = found.best[name]['rate'], found.equal[name][
         'rate'], found.limits.get(name)
     rows = [seed_row(of[best], of[equal], found.target) for of in done]
-    return method_row(name, recipe.describe(), rows, rate=best, rate_matched=equal,
+    return method_row(name, recipe.describe(), rows, options=options, rate=best, rate_matched=equal,
                       hangs=found.hangs.get(name),
                       within=within and _within(limit, within, [of[within['rate']] for of in done]),
                       stopped=None, **curves)

@@ -216,12 +216,28 @@ def allowed(r:dict) -> list[str]:
         said.append(f'{m["name"]}, old questions at its largest gain: {words}.')
     return said
 
-def _about_rates(name, tuned) -> list[str]:
+def _about_rates(name, tuned, r) -> list[str]:
     "Say where a method may have a better rate"
+    asked = dict(gain='for the largest gain', forgetting_matched='at equal gain',
+                 within=f'within {r["lose_at_most"] or 0:g} points')
+    thinned = r['protocol'].get('search', {}).get('settle', 2) < 2
     edge = f'{name}: the best of its rates lies at the edge of what was tried; beyond it a better one may lie.'
     return [edge]*bool(tuned['at_edge']) + [
-        f'{name}: by the only tuning seed that it ran on, the rate {rate:g} would be chosen; more runs would tell.'
-        for rate in tuned.get('overlooked', ())] # an earlier ftlab kept none
+        f'{name}: the rate {rate:g} ran on one tuning seed, and by that seed it would be chosen {asked[k]}'
+        + ('; more runs (max_runs) may tell.' if thinned and k != 'within' else '.')
+        for k, rate in tuned.get('overlooked', {}).items()] # an earlier ftlab kept none
+
+def _about_limit(r, m) -> list[str]:
+    "Say where a method does not keep to the limit"
+    said, limit, cost = [], r['lose_at_most'], m['within'] and m['within']['forgetting']['mean']
+    if cost and 100*cost > limit:
+        said.append(f'{m["name"]} stayed within {limit:g} points on validation questions, '
+                    f'and forgets {100*cost:.1f} points on test questions.')
+    if limit is not None and not m['within'] and not m['stopped']:
+        tuned = ((r['tuning'] or {}).get('methods') or {}).get(m['name'], {})
+        ran = 'ran on both tuning seeds' if 'within' in tuned.get('overlooked', {}) else 'was tried'
+        said.append(f'{m["name"]}: nothing that {ran} gains anything and forgets at most {limit:g} points.')
+    return said
 
 def warned(r:dict) -> list[str]:
     "Say what casts doubt on the order of a result"
@@ -240,7 +256,7 @@ def warned(r:dict) -> list[str]:
     said += [f'{f["seen"][:1].upper()}{f["seen"][1:]}; to fix it, {f["fix"]} ({f["name"]}).'
              for f in r.get('findings', ())]
     for n, d in ((r['tuning'] or {}).get('methods') or {}).items():
-        said += _about_rates(n, d)
+        said += _about_rates(n, d, r)
     for m in r['methods']:
         if h := m['hangs']:
             own, theirs = (h[k] if k in h else _tuned_forgetting(r, name) # an earlier ftlab kept the value alone
@@ -254,13 +270,7 @@ def warned(r:dict) -> list[str]:
         if off_target(m['gain_matched']['mean'], r['target']):
             said.append(f'† {m["name"]} reached {m["gain_matched"]["mean"]:.3f} on test questions instead of '
                         f'{r["target"]:.3f}; its forgetting is read there, not at the equal gain.')
-        cost = m['within'] and m['within']['forgetting']['mean']
-        if cost and 100*cost > r['lose_at_most']:
-            said.append(f'{m["name"]} stayed within {r["lose_at_most"]:g} points on validation questions, '
-                        f'and forgets {100*cost:.1f} points on test questions.')
-        if r['lose_at_most'] is not None and not m['within'] and not m['stopped']:
-            said.append(f'{m["name"]}: nothing that was tried gains anything and forgets at most '
-                        f'{r["lose_at_most"]:g} points.')
+        said += _about_limit(r, m)
     return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as a model that knows nothing: {s["error"]}'
                    for x in r['methods'] for s in x['seeds'] if s['error']]
 

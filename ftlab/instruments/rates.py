@@ -113,7 +113,10 @@ class Tried:
         for arm, choice in found['arms'].items():
             of, fewer = self.outcomes[arm], set(self.outcomes[arm]) - self.twice(arm)
             seeds = [s for s in of[choice['rate']] if all(s in o for o in of.values())]
-            chosen = set() if choice['value'] is None else {choice['rate']}
+            if not seeds:
+                continue
+            # the choice may be as good as a better one; what is as good as the choice need not be
+            chosen = set() if choice['value'] is None else {choice['rate'], choice['best']}
             shared = {r: pooled({s: of[r][s] for s in seeds}) for r in fewer | chosen}
             try:
                 best = choose(shared, want.metric, want.higher, found['target'])

@@ -523,9 +523,8 @@ def report(run:Run|str|Path|None=None, # a run of `fit`, or the folder in which 
 def _check_text(run) -> None:
     if run.data.kind == 'image':
         raise ValueError(f"the rows of {run.data.name} are of kind 'image', and a report asks questions that are text; "
-                         'ftlab.instruments.report.change_of(run) says where the change is and how large, and '
-                         'run.model(**batch) what the model answers; within run.delta.attached.disabled() it '
-                         'is the base')
+                         'for where the change is, call ftlab.instruments.report.change_of(run); for answers, '
+                         'call run.model(**batch), inside `with run.delta.attached.disabled():` for the base')
 
 def _both(run, asked, cache, how) -> tuple[list[dict], list[dict], list[dict]|None]:
     """Return what the base and the tuned model answer;

@@ -21,7 +21,7 @@ from ..core.io import vacant
 from ..core.labels import numbered
 from ..core.loading import find_device
 from ..core.mix import read_again
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, unsaid_options
 from ..core.record import digest, versions
 from .bench import METRICS, Base, Budget, score, taught
 from ..methods import get
@@ -225,17 +225,21 @@ def _checked(result:Mapping, base:Base, data:Data, model, tok, seed:int) -> tupl
     return data, notes
 
 def _recipe_again(row:Mapping, known:Mapping, given) -> Recipe:
-    "Return the Recipe of a method. Raises `ValueError` if its name gives another one now"
+    "Return the Recipe of a method. Raises `ValueError` if its name, or what was given, is another one"
     name = row['name']
-    if given is not None or name in known:
-        return get(given) if given is not None else known[name]
+    if given is None and name in known:
+        return known[name]
     try:
-        recipe = get(name)
+        recipe = get(name if given is None else given)
     except (KeyError, ValueError):
+        if given is not None:
+            raise
         raise ValueError(f'{name!r} is a Recipe of your own, which a result cannot hold; give it: recipe=') from None
-    if digest(recipe.describe()) != digest(row['recipe']):
-        raise ValueError(f'the method {name!r} is not what it was when the comparison was made: {row["recipe"]} then, '
-                         f'{recipe.describe()} now; compare again, or give the Recipe: recipe=')
+    now = dict(recipe=recipe.describe(), options=unsaid_options(recipe))
+    then = {k: row.get(k, now[k]) for k in now} # an earlier ftlab kept no options
+    if digest(now) != digest(then):
+        raise ValueError(f'the method {name!r} is not what it was when the comparison was made: {then} then, '
+                         f'{now} now; compare again, or give the Recipe that was measured: recipe=')
     return recipe
 
 # %% ../../nbs/instruments/winner.ipynb #62a08606
@@ -269,7 +273,7 @@ def train_again(comparison,               # a `Comparison`
                 out:str|Path|None=None,   # a new folder, as `ftlab fit` writes one; None: keep nothing
                 *, model=None,            # a name or folder, or (model, tok); None: what the comparison recorded
                 data=None,                # as `ftlab.data` takes it; None: what it recorded
-                recipe=None,              # a Recipe; None: the method of that name
+                recipe=None,              # the Recipe that was measured; None: the method of that name
                 device:str|None=None,     # None: that of the comparison if it is here, or where a given model is
                 progress:bool=True        # show a progress bar
                ) -> Run:

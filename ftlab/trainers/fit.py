@@ -216,8 +216,7 @@ def _passes(epochs:float|None, rows:int, batch_size:int, notes:list) -> dict:
 
 def _said(recipe:Recipe) -> dict:
     "Return what the settings of a run say of its recipe"
-    unsaid = unsaid_options(recipe)
-    return dict(recipe=recipe.describe()) | (dict(options=unsaid) if unsaid else {})
+    return dict(recipe=recipe.describe(), options=unsaid_options(recipe))
 
 def _job(model, tok, data, recipe, settings, epochs, device, out, trackers, callbacks) -> Job:
     "Collect what all stages of a run share"
