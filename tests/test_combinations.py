@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 from ftlab import methods
 from ftlab.core.recipe import CannotCompose
-from test_contract import CHECKS, made
+from test_contract import CHECKS, Tuned, made
 
 DRAWN = 6  # of each kind
 NOT_HERE = {'adam8bit'}  # needs a package
@@ -49,14 +49,18 @@ def combined(names: str):
     return first
 
 
+def tuned(names: str) -> Tuned:
+    return Tuned(combined(names))
+
+
 def checked(names: str, promises, tmp_path) -> None:
     """Hold a combination to those of these promises that each part makes;
     or it is refused with a sentence that says why"""
-    recipe = combined(names)
-    kept = set(promises) & set(recipe.promises)
+    it = tuned(names)
+    kept = set(promises) & set(it.recipe.promises)
     try:
         for promise in sorted(kept):
-            CHECKS[promise](recipe, tmp_path)
+            CHECKS[promise](it, tmp_path)
     except ValueError as e:  # an assertion that fails is none
         known = ' changes activations', ' acts on activations', NO_DROPOUT
         assert any(why in str(e) for why in known), f'{names}: {e}'
@@ -92,14 +96,14 @@ def test_every_method_in_stages_is_drawn_from():
 @pytest.mark.parametrize('loss', ['asft', 'dft'])
 def test_a_stage_with_a_loss_of_its_own_refuses_another(player, loss, tmp_path):
     with pytest.raises(ValueError, match=r"stage \d of \d .*both answer 'objective'"):
-        CHECKS['saves'](combined(f'{player} * {loss}'), tmp_path)
+        CHECKS['saves'](tuned(f'{player} * {loss}'), tmp_path)
 
 
 @pytest.mark.parametrize('stages', READERS + PLAYERS)
 @pytest.mark.parametrize('change', ONCE)
 def test_what_no_second_stage_can_train_is_refused_with_the_reason(stages, change, tmp_path):
     with pytest.raises(ValueError, match=ONCE[change]):
-        CHECKS['saves'](combined(f'{stages} * {change}'), tmp_path)
+        CHECKS['saves'](tuned(f'{stages} * {change}'), tmp_path)
 
 
 @pytest.mark.parametrize('names', drawn(ALONE, DELTAS))
