@@ -156,7 +156,7 @@ def test_dry_run_says_what_it_takes_and_leaves_nothing(call, tmp_path):
     # at most: two points on three test seeds; four rates, three further, two between, three again and two more
     assert ((full['cells'], full['tuning']) == (6, 14) and e['seconds'] > 0 and e['fits']
             and not list(tmp_path.iterdir()))
-    assert abs(full['tokens'] - 18*4*full['tokens_per_step']) <= 1
+    assert abs(full['tokens'] - 20*4*full['tokens_per_step']) <= 1
     thin = json.loads(call(f'compare {LM} --methods full,lora(r=2) --seeds 3 --max-runs 20 --dry-run --json')[1])
     assert sum(m['cells'] + m['tuning'] for m in thin['methods']) <= 20
     assert 'parameters trained' in call(f'fit {LM} --method lora(r=2) --dry-run')[1]
