@@ -153,7 +153,8 @@ def test_dry_run_says_what_it_takes_and_leaves_nothing(call, tmp_path):
     assert (code == 0 and full['trainable'] == n
             and full['memory']['weights'] == full['memory']['gradients'] == 4*n
             and full['bytes'] == sum(full['memory'].values()) > lora['bytes'] > 4*n)
-    # at most: two points on three test seeds; four rates, three further, two between, three again and two more
+    # at most: two points on three test seeds; four rates, three further, two between,
+    # three again and two more
     assert ((full['cells'], full['tuning']) == (6, 14) and e['seconds'] > 0 and e['fits']
             and not list(tmp_path.iterdir()))
     assert abs(full['tokens'] - 20*4*full['tokens_per_step']) <= 1

@@ -32,8 +32,8 @@ def widened(model):
     return out
 
 def trained(model, recipe='lora', rows=None, **more):
-    return ftlab.fit(model, TOK, rows or lab_data(), ftlab.methods.get(recipe), steps=3, batch_size=8,
-                     progress=False, **more)
+    return ftlab.fit(model, TOK, rows or lab_data(), ftlab.methods.get(recipe), steps=3,
+                     batch_size=8, progress=False, **more)
 
 # ---- the tensor
 @pytest.mark.peer('FourBit', 'bitsandbytes',
