@@ -43,6 +43,8 @@ def __getattr__(name):
 def _explain(f):
     """Add the comments beside the parameters to the docstring,
     since `help` and Shift-Tab show no comments"""
+    if f.__doc__ is None:  # `python -OO` drops docstrings
+        return
     try:
         source = inspect.getsource(f)
     except OSError:  # installed without its source

@@ -299,6 +299,10 @@ def test_the_package_runs_as_the_command():
     told = subprocess.run([sys.executable, '-m', 'ftlab', '--help'], capture_output=True, text=True)
     assert told.returncode == 0 and told.stdout.startswith('usage: ftlab [-h] COMMAND')
 
+def test_without_docstrings_the_package_is_there():
+    code = 'import ftlab; assert ftlab.fit.__doc__ is None'
+    subprocess.run([sys.executable, '-OO', '-c', code], check=True)
+
 def test_help_and_tab_tell_what_a_newcomer_needs():
     "The comments beside the parameters, as the site's tables have them; no module that ftlab only uses"
     import inspect
