@@ -145,6 +145,31 @@ def test_a_stored_output_that_restates_data_is_held_against_a_fresh_run(tmp_path
             and 'stored: (nothing)' in r['empty']['wrong'])
 
 
+def test_of_a_picture_the_words_are_held_against_a_fresh_run():
+    "Its lines may lie elsewhere with another matplotlib; its numbers may not differ"
+    import worker
+
+    def picture(line, label, text):
+        return [dict(output_type='display_data', data={
+            'image/svg+xml': [f'<svg role="img" aria-label="{label}"><path d="{line}"/>',
+                              f'<text x="1">{text}</text></svg>'], 'text/plain': ['<Image>']})]
+    cell = [dict(cell_type='code', source=['#| data\n', 'show()'], outputs=picture('M0 0', 'gains .97', '100%'))]
+    same, label, text = (picture(*p) for p in (('M1 2', 'gains .97', '100%'), ('M0 0', 'gains .98', '100%'),
+                                               ('M0 0', 'gains .97', '90%')))
+    assert worker.stale(cell, {0: same}) == ''
+    assert 'stored: gains .97\n  fresh:  gains .98' in worker.stale(cell, {0: label})
+    assert 'stored: 100%\n  fresh:  90%' in worker.stale(cell, {0: text})
+
+
+def test_a_cell_that_shows_what_is_in_result_files_says_so():
+    "`#| data` has the page's run compare; a picture of pixels has no words that could be compared"
+    pixels = lambda o: 'image/png' in o.get('data', {})
+    bare = [f'{name}: cell {c["id"]}' for name in pages() for c in cells(NBS/name)
+            if c['cell_type'] == 'code' and 'bench/results/' in ''.join(c['source'])
+            and any(not pixels(o) for o in c['outputs']) and '#| data' not in ''.join(c['source'])]
+    assert not bare, f'{bare}: write #| data on top'
+
+
 def test_cells_that_need_a_package_that_is_not_there_are_left_out(tmp_path):
     """`#| needs: a b` marks them: the rest of the page runs, in a fork and in a kernel,
     and nothing is stored over what the package gave"""

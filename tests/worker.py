@@ -186,7 +186,13 @@ def wrong(number: int, source: str, outputs: list[dict]) -> str:
 
 
 DATA = re.compile(r'^#\|\s*data\b', re.M)
-SHOWN = ('text/html', 'text/markdown', 'text/plain')
+SHOWN = ('text/html', 'text/markdown', 'image/svg+xml', 'text/plain')
+WORDS = re.compile(r'aria-label="([^"]*)"|<text[^>]*>([^<]*)')
+
+
+def words(picture: str) -> str:
+    "The words of a picture, a line each: where its lines lie differs with the version that draws it"
+    return '\n'.join(a or b for a, b in WORDS.findall(picture))
 
 
 def shown(outputs: list[dict]) -> list[str]:
@@ -197,7 +203,8 @@ def shown(outputs: list[dict]) -> list[str]:
         if o['output_type'] == 'stream':
             streams[o['name']] = streams.get(o['name'], '') + text
         elif kind := next((k for k in SHOWN if k in o.get('data', {})), None):
-            said.append(''.join(o['data'][kind]))
+            text = ''.join(o['data'][kind])
+            said.append(words(text) if kind == 'image/svg+xml' else text)
     return [s.strip() for s in (*streams.values(), *said)]
 
 
