@@ -154,8 +154,8 @@ def test_of_a_picture_the_words_are_held_against_a_fresh_run():
             'image/svg+xml': [f'<svg role="img" aria-label="{label}"><path d="{line}"/>',
                               f'<text x="1">{text}</text></svg>'], 'text/plain': ['<Image>']})]
     cell = [dict(cell_type='code', source=['#| data\n', 'show()'], outputs=picture('M0 0', 'gains .97', '100%'))]
-    same, label, text = (picture(*p) for p in (('M1 2', 'gains .97', '100%'), ('M0 0', 'gains .98', '100%'),
-                                               ('M0 0', 'gains .97', '90%')))
+    same = picture('M1 2', 'gains .97', '100%')
+    label, text = picture('M0 0', 'gains .98', '100%'), picture('M0 0', 'gains .97', '90%')
     assert worker.stale(cell, {0: same}) == ''
     assert 'stored: gains .97\n  fresh:  gains .98' in worker.stale(cell, {0: label})
     assert 'stored: 100%\n  fresh:  90%' in worker.stale(cell, {0: text})
