@@ -96,11 +96,11 @@ def test_padding_and_other_rows_change_nothing():
 
 
 @contextmanager
-def tokens_read(model):
-    "Count the tokens of each pass"
+def tokens_read(model, layer=None):
+    "Count the tokens of each pass, at the beginning or as a layer sees them"
     read = []
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda m, args, out: read.append(args[0].numel()))
+    module = model.get_submodule(layer) if layer else model.get_input_embeddings()
+    hook = module.register_forward_hook(lambda m, args, out: read.append(out[..., 0].numel()))
     yield read
     hook.remove()
 
@@ -136,22 +136,46 @@ def assert_near(found, wanted):
 @pytest.mark.parametrize('family', DECODERS + PLAIN)
 def test_one_token_gives_what_all_tokens_give(family, labelled):
     model, batch = tiny(family), prompts(labelled)
-    with tokens_read(model) as one:
-        found = attributions(model, batch, downs(model), steps=3)
+    first, second = downs(model)
+    with (tokens_read(model) as start, tokens_read(model, first) as low,
+          tokens_read(model, second) as high):
+        found = attributions(model, batch, [first, second], steps=3)
     with tokens_read(model) as every:
-        assert_near(found, attributions(without_cache(model), batch, downs(model), steps=3))
+        assert_near(found, attributions(without_cache(model), batch, [first, second], steps=3))
     assert every == [48, 48*3, 48*3]
     before = (5, 2, 0, 8) if labelled else (11, 10, 0, 9)
-    caches = [n for b in before for n in (b, 1) if n] # of the tokens before, and a check with one
-    assert one == [48, *caches, *[2*3]*4]
+    each = lambda copies: [48, *[n for b in before for n in (b, copies) if n]]
+    assert [start, low, high] == [each(1), each(1 + 3), each(1 + 2*3)]
+
+
+@pytest.mark.parametrize('family', ('llama', 'gemma2', 'gpt2', 'opt'))
+def test_one_token_gives_the_same_where_attention_is_written_out(family):
+    model, batch = tiny(family), prompts()
+    found = attributions(model, batch, downs(model), steps=3)
+    model.set_attn_implementation('eager')
+    with tokens_read(model, downs(model)[1]) as read:
+        assert_near(attributions(model, batch, downs(model), steps=3), found)
+    assert read[-1] == 7
+
+
+def test_layers_in_any_order_one_of_them_or_two_of_a_block():
+    model, batch = tiny('llama', num_hidden_layers=3), prompts()
+    a, b, c = downs(model)
+    want = attributions(model, batch, [a, b, c], steps=3)
+    assert_near(attributions(model, batch, [c, a], steps=3), [want[2], want[0]])
+    both = [b, 'model.layers.1.self_attn.o_proj']
+    with tokens_read(model) as read:
+        found = attributions(model, batch, both, steps=3)
+    assert read[-1] == 48*3
+    assert_near(found[:1], want[1:2])
 
 
 @pytest.mark.parametrize('family', ('mistral', 'gemma3_text'))
 def test_one_token_gives_what_all_give_where_attention_sees_four_tokens(family):
     model = tiny(family, sliding_window=4, layer_types=['sliding_attention']*2)
-    with tokens_read(model) as one:
+    with tokens_read(model, downs(model)[1]) as one:
         found = attributions(model, prompts(), downs(model), steps=3)
-    assert one[-1] == 6
+    assert one[-1] == 7
     assert_near(found, attributions(without_cache(model), prompts(), downs(model), steps=3))
 
 
@@ -159,9 +183,9 @@ def test_layers_take_turns_where_their_copies_are_too_many(monkeypatch):
     model, batch = tiny('llama', num_hidden_layers=5), prompts()
     together = attributions(model, batch, downs(model), steps=3)
     monkeypatch.setattr('ftlab.adapters.subsets.loki.TOGETHER', 6*6)
-    with tokens_read(model) as read:
+    with tokens_read(model, downs(model)[-1]) as read:
         assert_near(attributions(model, batch, downs(model), steps=3), together)
-    assert read[8:] == [6, 6, 3, 12, 3, 15, 3, 3, 3, 3, 3]
+    assert read == [48, 5, 7, 7, 4, 2, 13, 4, 16, 8, 4, 4, 4, 4, 4]
 
 
 LFM2 = dict(num_key_value_heads=2, layer_types=['conv', 'full_attention'])

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..attach import oriented
 from ..select import allowed
 from ..slices import Slices
-from ...core.anatomy import anatomy
+from ...core.anatomy import UnknownArchitecture, anatomy
 from ...core.batches import Unread
 from ...core.model import evaluating, model_inputs
 from ...core.paper import Method, method
@@ -34,8 +34,8 @@ def attributions(model,
     """Integrate the gradient of the probability of the model's own next word over a scale of what each layer
     writes at the prompt's last token. Raises `ValueError` for text without labels and a classifier.
 
-    Only that token runs `steps` times for each layer where the model has a cache of keys and values with which its
-    logits stay the same; otherwise all tokens do, which takes longer and gives the same."""
+    Only that token runs `steps` times for each layer, from its block on, where the model has a cache of keys and
+    values with which its logits stay the same; otherwise all tokens do, which takes longer and gives the same."""
     inputs, place = model_inputs(batch), _last_of_prompt(batch)
     with evaluating(model), torch.enable_grad():
         logits, written = _read(model, inputs, layers)
@@ -43,16 +43,13 @@ def attributions(model,
             raise ValueError('loki reads rows like those that the model predicts: text for a model of text, rows with '
                              'labels for a classifier')
         logits = _at(logits, place) # [rows, words]
-        words = logits.argmax(-1)
-        pasts = _pasts(model, inputs, place, logits)
-        if pasts is None:
+        found = _of_tokens(model, inputs, place, logits, layers, written, steps)
+        if found is None:
+            words = logits.argmax(-1)
             many = {k: v.repeat(steps, *[1]*(v.ndim - 1)) for k, v in inputs.items()}
-            return [_integral(model, many, words, place, n, z, steps)
-                    for n, z in zip(layers, written)]
-        rows = [_of_token(model, ids[at], past, word, layers, [z[i, at] for z in written], steps)
-                for i, (ids, at, past, word) in enumerate(
-                    zip(inputs['input_ids'], place, pasts, words))]
-        return [torch.stack(a) for a in zip(*rows)]
+            found = [_integral(model, many, words, place, n, z, steps)
+                     for n, z in zip(layers, written)]
+        return found
 
 # %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6b
 def _integral(model, many, words, place, layer, z, steps):
@@ -89,59 +86,83 @@ def _at(logits, place):
     return logits[torch.arange(len(logits)), place.repeat(len(logits)//len(place))]
 
 # %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6d
-TOGETHER = 4096 # tokens in all copies of a cache; layers that need more take turns, which bounds memory
+TOGETHER = 4096 # tokens in all copies of a cache; layers that need more take turns: less memory
 
-def _of_token(model, token, past, word, layers, written, steps) -> list[Tensor]: # of each layer: [width]
-    """Integrate for one row, given what each layer writes at the token [width]: one pass has a copy of the token,
-    with the tokens of `past` before it, for each step of each layer"""
+def _of_tokens(model, inputs, place, logits, layers, written, steps) -> list[Tensor]|None:
+    "Integrate row by row; None unless one token after a cache gives the same `logits` [rows, words]"
+    if place is None or 'past_key_values' not in signature(model.forward).parameters:
+        return None
+    try:
+        blocks, rows = [b.name for b in anatomy(model).blocks], []
+    except UnknownArchitecture:
+        return None
+    inside = {n: b for n in layers for b in blocks if n.startswith(f'{b}.')}
+    if not len(layers) == len(inside) == len(set(inside.values())):
+        return None # a layer outside of the blocks, or two of one block
+    for i, (ids, at, whole) in enumerate(zip(inputs['input_ids'], place, logits)):
+        with torch.no_grad():
+            past = model(input_ids=ids[None, :at], use_cache=True).past_key_values if at else None
+        if past and not _copied(past, len(blocks)):
+            return None
+        row = _of_token(model, ids[at], past, whole, blocks, inside, [z[i, at] for z in written],
+                        steps)
+        if row is None:
+            return None
+        rows.append(row)
+    return [torch.stack(a) for a in zip(*rows)]
+
+def _copied(past, blocks):
+    "Return whether a cache can be copied: it has keys and values for each of so many blocks, nothing else"
+    return isinstance(past, DynamicCache) and len(past.layers) == blocks and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)
+
+def _of_token(model, token, past, whole, blocks, inside, written, steps) -> list[Tensor]|None:
+    """Integrate for one row, given what each layer writes at the token [width]; None unless the unscaled
+    copies end in the logits `whole`. `inside` gives the block of each layer"""
     found, before = [], past.get_seq_length() if past else 0
     some = max(1, TOGETHER//(steps*(before + 1)))
-    for i in range(0, len(layers), some):
-        names, zs = layers[i:i + some], written[i:i + some]
+    for i in range(0, len(inside), some):
+        zs, places = written[i:i + some], dict([*inside.items()][i:i + some])
         paths = [(_scale(steps, z)*z).requires_grad_() for z in zs] # of each layer: [steps, width]
-        hooks = [_into(j, path) for j, path in enumerate(paths)]
-        with _hooked(model, names, hooks):
-            logits = _next(model, token, past, len(names)*steps)
-        P = logits.float().softmax(-1)[:, word]
+        with _growing(model, places, paths):
+            cache = _grown(past, blocks, [*places.values()], steps)
+            logits = model(input_ids=token[None, None], past_key_values=cache,
+                           use_cache=True).logits[:, -1]
+        if not _same(logits[::steps], whole):
+            return None
+        P = logits.float().softmax(-1)[:, whole.argmax()]
         slopes = torch.autograd.grad(P.sum(), paths)
         found += [(z*slope.mean(0)).float() for z, slope in zip(zs, slopes)]
     return found
 
-def _into(j, path):
-    "Return a hook that writes `path` into the copies of layer number `j`, and leaves those of the others"
-    return lambda module, args, out: (out.view(-1, *path.shape).select_scatter(path, 0, j)
-                                      .view(out.shape))
+@contextmanager
+def _growing(model, places, paths):
+    "Have each block add copies of the first row of its input, into which its layer writes its path"
+    def add(block, args):
+        x, *rest = args
+        return torch.cat([x, x[:1].expand(len(paths[0]), *x.shape[1:])]), *rest
+    def write(path):
+        return lambda layer, args, out: torch.cat([out[:-len(path)], path.view(-1, *out.shape[1:])])
+    handles = [model.get_submodule(b).register_forward_pre_hook(add) for b in places.values()]
+    try:
+        with _hooked(model, places, map(write, paths)):
+            yield
+    finally:
+        for h in handles:
+            h.remove()
 
-@torch.no_grad()
-def _pasts(model, inputs, place, logits):
-    """Return a cache of the tokens before `place` for each row (None if there are none); or None unless the model
-    gives the same `logits` [rows, words] with them"""
-    if place is None or 'past_key_values' not in signature(model.forward).parameters:
-        return None
-    pasts = []
-    for ids, at, whole in zip(inputs['input_ids'], place, logits):
-        past = model(input_ids=ids[None, :at], use_cache=True).past_key_values if at else None
-        if past and not _copied(past):
-            return None
-        difference = (_next(model, ids[at], past, 1) - whole).float().norm()
-        allowed = torch.finfo(whole.dtype).eps**.75 # 6e-6 in float32; rounding gives 1e-6
-        if not difference <= allowed*whole.float().norm(): # nor if it is NaN
-            return None
-        pasts.append(past)
-    return pasts
+def _grown(past, blocks, among, steps):
+    "Return a copy of the cache with as many rows for each block as will pass it"
+    past, rows = deepcopy(past), 1
+    for block, layer in zip(blocks, past.layers if past else ()):
+        rows += steps*(block in among)
+        layer.batch_repeat_interleave(rows)
+    return past
 
-def _copied(past) -> bool:
-    "Return whether a cache has keys and values only, which can be copied"
-    return isinstance(past, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)
-
-def _next(model, token, past, copies):
-    "Return the logits [copies, words] after copies of a token, each with the tokens of `past` before it"
-    past = deepcopy(past)
-    if past:
-        past.batch_repeat_interleave(copies)
-    ids = token.expand(copies, 1)
-    return model(input_ids=ids, past_key_values=past, use_cache=True).logits[:, -1]
+def _same(logits, whole):
+    "Return whether each row is `whole`, up to rounding"
+    allowed = torch.finfo(whole.dtype).eps**.75*whole.float().norm() # 6e-6 in float32; rounding: 1e-6
+    return bool(((logits - whole).float().norm(dim=-1) <= allowed).all()) # not if one is NaN
 
 # %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6f
 @contextmanager
