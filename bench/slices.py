@@ -21,7 +21,8 @@ from native_training import by_ftlab, load, matrices
 BUDGET, ROWS, TOKENS, ROUNDS = .05, 2, 64, 3
 FILE = Path(__file__).parent/'results'/'slices.json'
 ARMS = ('shira', 's2ft', 's2ft down', 'slicefine', 'smt', 'lora')
-OTHERS = ('smt with selection', 'full', 'neuroada', 'sara', 'spt', 'goodvibe', 'loki')
+OTHERS = ('smt with selection', 'full', 'neuroada', 'sara', 'spt', 'goodvibe', 'loki', 'spafit',
+          'surgical_fisher', 'layernorm_tuning', 'lape')
 
 def recipe(arm, model):
     from ftlab import methods
@@ -39,7 +40,12 @@ def recipe(arm, model):
             'sara': lambda: methods.sara(budget=BUDGET),
             'spt': lambda: methods.spt(BUDGET, r=32, rows=2), # rank 8 cannot spend it
             'goodvibe': lambda: methods.goodvibe(budget=BUDGET, rows=2),
-            'loki': lambda: methods.loki(budget=BUDGET, rows=2)}[arm]()
+            'loki': lambda: methods.loki(budget=BUDGET, rows=2),
+            'spafit': lambda: methods.spafit(budget=BUDGET),
+            'surgical_fisher': lambda: methods.surgical_fisher(budget=BUDGET),
+            'layernorm_tuning': lambda: methods.layernorm_tuning(), # all norms
+            # a language's neurons need rows of another; where they lie changes no size
+            'lape': lambda: methods.lape(by='random', budget=BUDGET)}[arm]()
 
 class Trained:
     "How many parameters train"

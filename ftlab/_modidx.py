@@ -966,6 +966,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'ftlab/adapters/subsets/loki.py'),
                                              'ftlab.adapters.subsets.loki._grown': ( 'adapters/subsets/loki.html#_grown',
                                                                                      'ftlab/adapters/subsets/loki.py'),
+                                             'ftlab.adapters.subsets.loki._homes': ( 'adapters/subsets/loki.html#_homes',
+                                                                                     'ftlab/adapters/subsets/loki.py'),
                                              'ftlab.adapters.subsets.loki._hooked': ( 'adapters/subsets/loki.html#_hooked',
                                                                                       'ftlab/adapters/subsets/loki.py'),
                                              'ftlab.adapters.subsets.loki._integral': ( 'adapters/subsets/loki.html#_integral',

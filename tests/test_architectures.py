@@ -1,5 +1,6 @@
-"""Every subset on eight architectures: it attaches, backpropagates and keeps to its budget, or says
-why it cannot. Losses whose own tests have one family train a step on each model that writes text"""
+"""Every subset on eight architectures: it attaches, backpropagates and keeps to its budget; its change can be
+switched off, saved, loaded and folded; or it says why it cannot. Losses whose own tests have one family train a step
+on each model that writes text"""
 import inspect
 from functools import cache
 
@@ -8,6 +9,7 @@ import torch
 from ftlab import methods
 from ftlab.adapters.attach import attach
 from ftlab.adapters.select import allowed
+from ftlab.adapters.store import identity, load_delta, pack, save_delta
 from ftlab.core.batches import Sample, Unread
 from ftlab.core.data import data
 from ftlab.core.tokens import encode_all
@@ -55,7 +57,7 @@ def test_only_those_without_a_budget_are_free_of_it():
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('name', SUBSETS)
-def test_a_subset_attaches_backpropagates_and_keeps_to_its_budget(name, family):
+def test_a_subset_attaches_backpropagates_and_keeps_to_its_budget(name, family, tmp_path):
     recipe, model, x = made(name), of_family(family), inputs_for(family)
     base, most = model(**x).logits.detach(), allowed(model, BUDGET.get(name, 1.))
     every = dict.fromkeys((n for n, _ in model.named_parameters()), True)
@@ -78,6 +80,29 @@ def test_a_subset_attaches_backpropagates_and_keeps_to_its_budget(name, family):
         # NeuroAda rounds to whole entries of each neuron
         neurons = sum(len(d.value) for d in att.deltas.values()) if name == 'neuroada' else 0
         assert .6*most <= sum(p.numel() for p in trained) <= most + neurons/2
+    with torch.no_grad():
+        for p in trained:
+            p -= .02*p.grad/p.grad.abs().max().clamp(min=1e-12)
+    assert_can_be_kept(att, model, of_family(family), x, base, tmp_path/'change.safetensors')
+
+
+def assert_can_be_kept(att, model, fresh, x, base, file):
+    "A change that is not zero is off, saved, loaded into a `fresh` model, and folded"
+    logits = lambda m: m(**x).logits.detach()
+    changed = logits(model)
+    assert (changed - base).abs().max() > 1e-3
+    with att.disabled():
+        torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-5)
+    tensors, kinds = pack(att)
+    save_delta(file, tensors, kinds, identity(fresh))
+    load_delta(fresh, file)
+    torch.testing.assert_close(logits(fresh), changed, rtol=0, atol=1e-6)
+    if any(d.site != 'weight' for d in att.deltas.values()):
+        with pytest.raises(ValueError, match='cannot be folded'):
+            att.fold()
+        return
+    att.fold()
+    torch.testing.assert_close(logits(model), changed, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -1,5 +1,5 @@
 """The real lane: what works on the lab's models works on SmolLM2-135M-Instruct. `make real` installs it;
-without it these tests are skipped. A minute or two once its file has been unpacked"""
+without it these tests are skipped. Two or three minutes of one core once its file has been unpacked"""
 import copy
 import json
 import pytest

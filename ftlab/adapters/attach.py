@@ -512,7 +512,7 @@ def _fold(att):
         raise ValueError(f'{type(att.deltas[held[0]]).__name__} at {held[0]!r} changes activations, not weights, '
                          'and cannot be folded into them')
     below = own_weights(att.model)
-    if narrow := [n for n in att.deltas if isinstance(below[n], FourBit)]:
+    if narrow := [n for n, W in below.items() if n in att.deltas and isinstance(W, FourBit)]:
         raise ValueError(f'{narrow[0]!r} is in 4 bits, into which its change cannot be folded; export writes the base '
                          'with the change as whole matrices, and detach removes the change')
     new = att.values()

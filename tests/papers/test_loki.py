@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from ftlab import data
-from ftlab.adapters.subsets.loki import attributions, least_used, loki, most_often
+from ftlab.adapters.subsets.loki import _copied, attributions, least_used, loki, most_often
 from ftlab.core.anatomy import anatomy
 from ftlab.core.batches import Sample, Unread, collate
 from ftlab.core.tokens import encode_all
@@ -95,6 +95,11 @@ def test_padding_and_other_rows_change_nothing():
         torch.testing.assert_close(alone[0], a, rtol=1e-3, atol=1e-6)
 
 
+LFM2 = dict(num_key_value_heads=2, layer_types=['conv', 'full_attention'])
+FALCON = dict(num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+              mamba_n_groups=1, mamba_d_state=8)
+
+
 @contextmanager
 def tokens_read(model, layer=None):
     "Count the tokens of each pass, at the beginning or as a layer sees them"
@@ -168,6 +173,41 @@ def test_layers_in_any_order_one_of_them_or_two_of_a_block():
         found = attributions(model, batch, both, steps=3)
     assert read[-1] == 48*3
     assert_near(found[:1], want[1:2])
+    with tokens_read(model) as read:
+        assert_near(attributions(model, batch, ['model.norm', a], steps=3)[1:], want[:1])
+    assert read[-1] == 48*3
+    assert_near(attributions(model, batch, [a, a], steps=3), [want[0], want[0]])
+
+
+@pytest.mark.parametrize('family, more', [('lfm2', LFM2), ('falcon_h1', FALCON), ('llama', {})])
+def test_only_keys_and_values_of_every_block_are_copied(family, more):
+    past = tiny(family, 'causal', **more)(torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+    assert _copied(past, 2) == (family == 'llama')
+    assert not _copied(past, 3)
+
+
+def test_all_tokens_run_where_the_copies_come_out_otherwise():
+    "Only the copies: the token itself is right"
+    model = tiny('llama')
+    model.lm_head.register_forward_hook(
+        lambda m, args, out: torch.cat([out[:1], out[1:]*1.001]) if out.shape[1] == 1 else out)
+    with tokens_read(model) as read:
+        attributions(model, prompts(), downs(model), steps=3)
+    assert read[-1] == 48*3
+
+
+def test_an_error_within_the_pass_leaves_no_hook():
+    model, passes = tiny('llama'), []
+
+    def broken(module, args, out):
+        passes.append(len(out))
+        if passes[-1] > 4:
+            raise MemoryError('too many rows')
+    model.lm_head.register_forward_hook(broken)
+    with pytest.raises(MemoryError):
+        attributions(model, prompts(), downs(model), steps=3)
+    assert passes[-1] == 7
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 1
 
 
 @pytest.mark.parametrize('family', ('mistral', 'gemma3_text'))
@@ -186,11 +226,6 @@ def test_layers_take_turns_where_their_copies_are_too_many(monkeypatch):
     with tokens_read(model, downs(model)[-1]) as read:
         assert_near(attributions(model, batch, downs(model), steps=3), together)
     assert read == [48, 5, 7, 7, 4, 2, 13, 4, 16, 8, 4, 4, 4, 4, 4]
-
-
-LFM2 = dict(num_key_value_heads=2, layer_types=['conv', 'full_attention'])
-FALCON = dict(num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
-              mamba_n_groups=1, mamba_d_state=8)
 
 
 @pytest.mark.parametrize('family, layer, more', [

@@ -34,8 +34,9 @@ def attributions(model,
     """Integrate the gradient of the probability of the model's own next word over a scale of what each layer
     writes at the prompt's last token. Raises `ValueError` for text without labels and a classifier.
 
-    Only that token runs `steps` times for each layer, from its block on, where the model has a cache of keys and
-    values with which its logits stay the same; otherwise all tokens do, which takes longer and gives the same."""
+    Only that token runs `steps` times for each layer, from its block on, if `anatomy` knows the model, no two layers
+    are of one block, and its logits stay the same with a cache of keys and values; otherwise all tokens do, which
+    takes longer and gives the same."""
     inputs, place = model_inputs(batch), _last_of_prompt(batch)
     with evaluating(model), torch.enable_grad():
         logits, written = _read(model, inputs, layers)
@@ -90,45 +91,50 @@ TOGETHER = 4096 # tokens in all copies of a cache; layers that need more take tu
 
 def _of_tokens(model, inputs, place, logits, layers, written, steps) -> list[Tensor]|None:
     "Integrate row by row; None unless one token after a cache gives the same `logits` [rows, words]"
-    if place is None or 'past_key_values' not in signature(model.forward).parameters:
+    blocks, homes = _homes(model, layers)
+    cached = 'past_key_values' in signature(model.forward).parameters
+    if place is None or homes is None or not cached:
         return None
-    try:
-        blocks, rows = [b.name for b in anatomy(model).blocks], []
-    except UnknownArchitecture:
-        return None
-    inside = {n: b for n in layers for b in blocks if n.startswith(f'{b}.')}
-    if not len(layers) == len(inside) == len(set(inside.values())):
-        return None # a layer outside of the blocks, or two of one block
+    rows = []
     for i, (ids, at, whole) in enumerate(zip(inputs['input_ids'], place, logits)):
         with torch.no_grad():
             past = model(input_ids=ids[None, :at], use_cache=True).past_key_values if at else None
         if past and not _copied(past, len(blocks)):
             return None
-        row = _of_token(model, ids[at], past, whole, blocks, inside, [z[i, at] for z in written],
+        row = _of_token(model, ids[at], past, whole, blocks, homes, [z[i, at] for z in written],
                         steps)
         if row is None:
             return None
         rows.append(row)
     return [torch.stack(a) for a in zip(*rows)]
 
+def _homes(model, layers):
+    "Return the names of all blocks, and the block of each layer or None unless each has one of its own"
+    try:
+        blocks = [b.name for b in anatomy(model).blocks]
+    except UnknownArchitecture:
+        return [], None
+    homes = {n: b for n in layers for b in blocks if n.startswith(f'{b}.')}
+    return blocks, homes if len(layers) == len(homes) == len(set(homes.values())) else None
+
 def _copied(past, blocks):
     "Return whether a cache can be copied: it has keys and values for each of so many blocks, nothing else"
     return isinstance(past, DynamicCache) and len(past.layers) == blocks and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)
 
-def _of_token(model, token, past, whole, blocks, inside, written, steps) -> list[Tensor]|None:
+def _of_token(model, token, past, whole, blocks, homes, written, steps) -> list[Tensor]|None:
     """Integrate for one row, given what each layer writes at the token [width]; None unless the unscaled
-    copies end in the logits `whole`. `inside` gives the block of each layer"""
+    copies end in the logits `whole`"""
     found, before = [], past.get_seq_length() if past else 0
     some = max(1, TOGETHER//(steps*(before + 1)))
-    for i in range(0, len(inside), some):
-        zs, places = written[i:i + some], dict([*inside.items()][i:i + some])
+    for i in range(0, len(homes), some):
+        zs, turn = written[i:i + some], dict([*homes.items()][i:i + some])
         paths = [(_scale(steps, z)*z).requires_grad_() for z in zs] # of each layer: [steps, width]
-        with _growing(model, places, paths):
-            cache = _grown(past, blocks, [*places.values()], steps)
+        with _growing(model, turn, paths):
+            cache = _grown(past, blocks, [*turn.values()], steps)
             logits = model(input_ids=token[None, None], past_key_values=cache,
                            use_cache=True).logits[:, -1]
-        if not _same(logits[::steps], whole):
+        if not _same(logits[::steps], whole): # the token, and the last copy of each block, which is not scaled
             return None
         P = logits.float().softmax(-1)[:, whole.argmax()]
         slopes = torch.autograd.grad(P.sum(), paths)
@@ -136,26 +142,26 @@ def _of_token(model, token, past, whole, blocks, inside, written, steps) -> list
     return found
 
 @contextmanager
-def _growing(model, places, paths):
+def _growing(model, homes, paths):
     "Have each block add copies of the first row of its input, into which its layer writes its path"
-    def add(block, args):
+    def add(block, args): # all families of `anatomy` hand a block its input as the first argument
         x, *rest = args
         return torch.cat([x, x[:1].expand(len(paths[0]), *x.shape[1:])]), *rest
     def write(path):
         return lambda layer, args, out: torch.cat([out[:-len(path)], path.view(-1, *out.shape[1:])])
-    handles = [model.get_submodule(b).register_forward_pre_hook(add) for b in places.values()]
+    handles = [model.get_submodule(b).register_forward_pre_hook(add) for b in homes.values()]
     try:
-        with _hooked(model, places, map(write, paths)):
+        with _hooked(model, homes, map(write, paths)):
             yield
     finally:
         for h in handles:
             h.remove()
 
-def _grown(past, blocks, among, steps):
+def _grown(past, blocks, growing, steps):
     "Return a copy of the cache with as many rows for each block as will pass it"
     past, rows = deepcopy(past), 1
     for block, layer in zip(blocks, past.layers if past else ()):
-        rows += steps*(block in among)
+        rows += steps*(block in growing)
         layer.batch_repeat_interleave(rows)
     return past
 
