@@ -161,13 +161,38 @@ def test_of_a_picture_the_words_are_held_against_a_fresh_run():
     assert 'stored: 100%\n  fresh:  90%' in worker.stale(cell, {0: text})
 
 
+FROM_FILE = re.compile(r"^(\w+(?:, \w+)*) = .*(?:bench/results/|read_text)", re.M)
+
+
+def unmarked(page: list[dict]) -> list[str]:
+    """The cells that show what they, or a variable from an earlier cell, read from a result file, and do not say
+    `#| data`. A picture of pixels has no words that could be compared"""
+    names, bare = set(), []
+    for c in page:
+        source = ''.join(c['source'])
+        if c['cell_type'] != 'code' or '#| export' in source:
+            continue
+        reads = 'bench/results/' in source
+        shows = any('image/png' not in o.get('data', {}) for o in c['outputs'])
+        if (reads or names & set(re.findall(r'\w+', source))) and shows and '#| data' not in source:
+            bare.append(c['id'])
+        if reads:
+            names |= {n for found in FROM_FILE.findall(source) for n in found.split(', ')}
+    return bare
+
+
 def test_a_cell_that_shows_what_is_in_result_files_says_so():
-    "`#| data` has the page's run compare; a picture of pixels has no words that could be compared"
-    pixels = lambda o: 'image/png' in o.get('data', {})
-    bare = [f'{name}: cell {c["id"]}' for name in pages() for c in cells(NBS/name)
-            if c['cell_type'] == 'code' and 'bench/results/' in ''.join(c['source'])
-            and any(not pixels(o) for o in c['outputs']) and '#| data' not in ''.join(c['source'])]
+    bare = {name: found for name in pages() if (found := unmarked(cells(NBS/name)))}
     assert not bare, f'{bare}: write #| data on top'
+
+
+def test_a_variable_from_a_result_file_is_followed():
+    shown = [dict(output_type='stream', text='1')]
+    page = [dict(cell_type='code', id=str(i), source=[s], outputs=o) for i, (s, o) in enumerate((
+        ("found = read(Path('../bench/results/a.json'))", []), ('found["a"]', shown),
+        ('#| data\nfound["a"]', shown), ('unfound', shown),
+        ('found.plot()', [dict(data={'image/png': ''})])))]
+    assert unmarked(page) == ['1']
 
 
 def test_cells_that_need_a_package_that_is_not_there_are_left_out(tmp_path):

@@ -204,7 +204,7 @@ def shown(outputs: list[dict]) -> list[str]:
             streams[o['name']] = streams.get(o['name'], '') + text
         elif kind := next((k for k in SHOWN if k in o.get('data', {})), None):
             text = ''.join(o['data'][kind])
-            said.append(words(text) if kind == 'image/svg+xml' else text)
+            said.append(words(text) or text if kind == 'image/svg+xml' else text)
     return [s.strip() for s in (*streams.values(), *said)]
 
 
