@@ -122,6 +122,7 @@ def _copied(past, blocks):
     return isinstance(past, DynamicCache) and len(past.layers) == blocks and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)
 
+# %% ../../../nbs/adapters/subsets/loki.ipynb #loki-6h
 def _of_token(model, token, past, whole, blocks, homes, written, steps) -> list[Tensor]|None:
     """Integrate for one row, given what each layer writes at the token [width]; None unless the unscaled
     copies end in the logits `whole`"""
