@@ -12,7 +12,7 @@ what each does to calibration is measured on test questions. What a method canno
 How long a part takes is estimated from two timed runs and printed before it begins. Finished runs are kept in
 `ftlab-runs`, so the same call goes on. bench/results/family_<family>.json is written after each setting.
 `--only full,lora,smt --settings new-procedure --runs 4 --seeds 1 --steps 40 --to DIR`
-makes a small comparison elsewhere."""
+makes a small comparison elsewhere; `--jobs 2` makes two runs at a time, with the same results."""
 import argparse
 import inspect
 import json
@@ -22,7 +22,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -241,12 +244,23 @@ def reason(e: Exception) -> str:
 
 # ---------- the comparison
 
-def together(recipes: Mapping[str, Recipe], setting: Setting, folder: Path, seeds: int) -> tuple[dict, dict[str, str]]:
+def workers(jobs: int):
+    "Give an executor of so many processes inside a `with` block; `None`, for this process, if it is one"
+    if jobs == 1:
+        return nullcontext()
+    # a forked process would inherit torch's threads in an unknown state
+    return ProcessPoolExecutor(jobs, mp_context=get_context('spawn'))
+
+
+def together(recipes: Mapping[str, Recipe], setting: Setting, folder: Path, seeds: int, jobs: int = 1,
+             ) -> tuple[dict, dict[str, str]]:
     """Compare; where a method raises, leave it out with the reason and compare the others.
     Finished runs are read again from the folder"""
     def compare(some):
-        return ftlab.compare(list(some.values()), setting.model(), setting.data(), seeds=seeds,
-                             max_runs=setting.runs*len(some), out=folder, **setting.how).json()
+        with workers(jobs) as pool:
+            return ftlab.compare(list(some.values()), setting.model(), setting.data(), seeds=seeds,
+                                 max_runs=setting.runs*len(some), out=folder, executor=pool and pool.map,
+                                 **setting.how).json()
     try:
         return compare(recipes), {}
     except INPUT:
@@ -259,7 +273,7 @@ def together(recipes: Mapping[str, Recipe], setting: Setting, folder: Path, seed
         if len(broken) in (0, len(recipes)):
             raise
         found, more = together({n: r for n, r in recipes.items() if n not in broken}, setting,
-                               folder, seeds)
+                               folder, seeds, jobs)
         return found, broken | more
 
 
@@ -283,12 +297,13 @@ def rows_of(found: dict, costs: dict) -> dict[str, dict]:
     return rows
 
 
-def result_of(recipes: dict, costs: dict, setting: Setting, folder: Path, seeds: int) -> tuple[dict, dict]:
+def result_of(recipes: dict, costs: dict, setting: Setting, folder: Path, seeds: int, jobs: int = 1,
+              ) -> tuple[dict, dict]:
     "A setting's part of the result file, and what had to be left out"
-    found, out = together(recipes, setting, folder, seeds)
+    found, out = together(recipes, setting, folder, seeds, jobs)
     near, equal = reaching(found), found
     if not found['common'] and 1 < len(near) < len(found['methods']):
-        equal = together({n: recipes[n] for n in near}, setting, folder, seeds)[0]
+        equal = together({n: recipes[n] for n in near}, setting, folder, seeds, jobs)[0]
     rows = rows_of(found, costs)
     if equal['common']: # it may have run more rates twice, so it knows better
         matched = ('gain_matched', 'forgetting_matched')
@@ -409,7 +424,7 @@ def one(family: str, setting: Setting, a, file: Path, before: Callable = lambda 
     recipes, costs, unable = able(bench, arms, same_rows=family == 'losses')
     before(bench, len(recipes))
     folder = Path('ftlab-runs')/f'family_{family}'
-    result, broken = result_of(recipes, costs, setting, folder, a.seeds)
+    result, broken = result_of(recipes, costs, setting, folder, a.seeds, a.jobs)
     result['left_out'] = dict(sorted((out | unable | broken).items()))
     if family == 'losses':
         calibrate(bench, recipes, result, folder)
@@ -446,8 +461,11 @@ def arguments(argv=None):
     parser.add_argument('--runs', type=int, help='of each method, at most; fewer try fewer rates')
     parser.add_argument('--steps', type=int, help='of each run; none: the setting\'s own')
     parser.add_argument('--seeds', type=int, default=SEEDS)
+    parser.add_argument('--jobs', type=int, default=1, help='runs at the same time, each in a process of its own')
     parser.add_argument('--to', help='folder of the result file; none: bench/results')
     a = parser.parse_args(argv)
+    if a.jobs < 1:
+        sys.exit(f'--jobs is {a.jobs}; it must be at least 1')
     there = {s.part for s in settings(a.family)}
     if odd := set(a.parts) - there:
         sys.exit(f'no part of {a.family} is called {sorted(odd)[0]!r}; there are {", ".join(sorted(there))}')
