@@ -259,8 +259,8 @@ def together(recipes: Mapping[str, Recipe], setting: Setting, folder: Path, seed
     def compare(some):
         with workers(jobs) as pool:
             return ftlab.compare(list(some.values()), setting.model(), setting.data(), seeds=seeds,
-                                 max_runs=setting.runs*len(some), out=folder, executor=pool and pool.map,
-                                 **setting.how).json()
+                                 max_runs=setting.runs*len(some), out=folder,
+                                 executor=pool and pool.map, **setting.how).json()
     try:
         return compare(recipes), {}
     except INPUT:
