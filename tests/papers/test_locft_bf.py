@@ -232,7 +232,8 @@ def test_wrong_arguments_are_refused(wrong, says):
 def test_full_fine_tuning_has_the_same_loss_on_answers_of_one_length():
     "The lab's facts are one word and an end mark: the mean over rows is the mean over tokens"
     ours, plain = edited(locft_bf(1)), edited(Recipe('down', select=one_place(layer=1)), schedule='constant')
-    assert [round(r['loss'], 5) for r in ours.log] == [round(r['loss'], 5) for r in plain.log]
+    # rounded to a decimal, two that are equal may fall on either side of its edge
+    assert [r['loss'] for r in ours.log] == pytest.approx([r['loss'] for r in plain.log], rel=1e-6)
     labels = collate(encode_all(fact_edits(3).rows, TOK, 'text'), 0)['labels']
     assert labels.ne(-100).sum(1).tolist() == [2]*3
 
