@@ -1,4 +1,5 @@
 "A family's comparison: who takes part, what is left out and why, and what its file says"
+import os
 import json
 import re
 import sys
@@ -409,8 +410,16 @@ def test_a_small_comparison_from_the_command_to_the_file(tmp_path, monkeypatch, 
     assert 'clean' in family_words('losses', read_family(tmp_path/'family_losses.json'))
 
 
-def test_too_few_runs_and_unknown_parts_are_errors():
+def test_too_few_runs_or_jobs_and_unknown_parts_are_errors():
     with pytest.raises(SystemExit, match='no part of losses is called'):
         families.arguments(['losses', 'minilm'])
     with pytest.raises(SystemExit, match='take at least 6'):
         families.arguments(['losses', '--runs', '4'])
+    with pytest.raises(SystemExit, match='--jobs is 0'):
+        families.arguments(['losses', '--jobs', '0'])
+
+
+def test_two_jobs_run_in_processes_of_their_own_and_in_order():
+    with families.workers(1) as here, families.workers(2) as two:
+        assert here is None and list(two.map(abs, [-1, 2])) == [1, 2]
+        assert two.submit(os.getpid).result() != os.getpid()
